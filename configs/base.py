@@ -1,0 +1,29 @@
+"""Defaults of every recipe. A section is the keyword arguments of the function beside it."""
+
+from ml_collections import ConfigDict
+
+
+def get_base() -> ConfigDict:
+  """A config without a recipe: `configs/NAME.py` fills in the sections.
+
+  Durations (total, warmup, every, ...) end in _steps, _epochs or _examples; give one of them.
+  """
+  return ConfigDict(dict(
+    seed=0,
+    dtype="float32",  # of computation: float32 or bfloat16; parameters are always float32
+    accumulate=1,  # parts that a batch's gradient is computed in, one after another
+    ema_decay=0.0,  # of the running average of parameters that evaluation uses; 0 = none
+    eval_batch_size=256,
+    wandb=False,  # log to Weights & Biases too
+    expect="",  # what the recipe reaches, shown at the start
+    log_every_steps=20,
+    model={},  # models/NAME.py: make
+    method={},  # methods/NAME.py: make
+    data={},  # input_pipeline/batches.py: make
+    augment={},  # input_pipeline/augment.py: make
+    optimizer={},  # trainer/optimizer.py: make
+    schedule={},  # trainer/schedule.py: make
+    mesh=dict(data=-1, fsdp=1, tensor=1),  # trainer/sharding.py: make_mesh
+    checkpoint=dict(keep=2),  # trainer/checkpoints.py: open_manager
+    evals={},  # evaluators/NAME.py: evaluate
+  ))

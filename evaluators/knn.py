@@ -1,0 +1,99 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al., 1805.01978, 3.4)."""
+
+import difflib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evaluators import classification
+
+BASELINES = ("untrained", "pixels")
+
+
+def per_representation(context, evaluator, score, features, baselines, limit):
+  """Scores the trained features, then each baseline under its own prefix.
+
+  Args:
+    context: the evaluator's context.
+    evaluator: its name, for errors.
+    score: (train features, train labels, test features, test labels, classes) -> metrics.
+    features: name of a prediction that returns [B, D].
+    baselines: of "untrained" (the same network at initialisation) and "pixels".
+    limit: how many training examples to use, the first of the split; None is all.
+
+  Returns:
+    Metrics; a baseline's begin with "untrained/" or "pixels/".
+  """
+  classes = classification.num_classes(context, evaluator)
+  for name in baselines:
+    if name not in BASELINES:
+      near = difflib.get_close_matches(str(name), BASELINES, 1, 0)
+      raise ValueError(f"evals.{evaluator}.baselines: {name!r} is not one of {BASELINES}; "
+                       f"did you mean {near[0]!r}?")
+  metrics = {}
+  for source in ("trained", *baselines):
+    name, params = ("pixels", None) if source == "pixels" else (features, source)
+    sets = []
+    for split, most in ((context.train_split, limit), (context.eval_split, None)):
+      x, batch = context.collect(name, split, "label", params=params, limit=most)
+      if np.ndim(x) != 2:
+        raise ValueError(f"evals.{evaluator}.features={name!r} must return one vector [B, D] for "
+                         f"each example, not {jax.tree.map(np.shape, x)}")
+      sets += [x, batch["label"]]
+    prefix = "" if source == "trained" else f"{source}/"
+    metrics |= {prefix + key: value for key, value in score(*sets, classes).items()}
+  return metrics
+
+
+@functools.partial(jax.jit, static_argnames=("k", "classes", "block"))
+def votes(bank, labels, queries, temperature, *, k, classes, block=2**26):
+  """Log votes for each class among the k nearest of `bank` by cosine similarity s.
+
+  A neighbour's vote weighs exp(s / temperature), relative to the nearest so as not to overflow.
+
+  Args:
+    bank: [M, D] features, `labels` int [M] theirs.
+    queries: [B, D].
+    temperature: of the weights, > 0.
+    k: neighbours, <= M.
+    classes: number of classes.
+    block: similarities held at once, which bounds memory; the default takes 256 MiB.
+
+  Returns:
+    float32 [B, classes]; -inf for a class none of the neighbours has.
+  """
+  def unit(x):
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+  bank = unit(bank)
+
+  def vote(query):
+    s = jnp.matmul(bank, unit(query), precision="highest")  # m
+    s, nearest = jax.lax.top_k(s, k)  # k
+    weights = jnp.exp((s - s[0]) / temperature)
+    return jnp.log(jnp.zeros(classes).at[labels[nearest]].add(weights))  # classes
+
+  return jax.lax.map(vote, queries, batch_size=max(1, block // len(bank)))
+
+
+def evaluate(context, k=20, temperature=0.07, features="features", baselines=(), limit=None):
+  """Top-1 and top-5 of k-nearest neighbours from the training split on the evaluation split.
+
+  `per_representation` describes `features`, `baselines` and `limit`.
+
+  Raises:
+    ValueError: k or temperature out of range, an unknown baseline, data without labels.
+  """
+  if not temperature > 0:
+    raise ValueError(f"evals.knn.temperature={temperature} must be positive")
+
+  def score(bank, bank_labels, queries, labels, classes):
+    if not 1 <= k <= len(bank):
+      raise ValueError(f"evals.knn.k={k} must lie in 1..{len(bank)}, the training examples used")
+    scores = votes(bank, bank_labels, queries, temperature, k=k, classes=classes)
+    return classification.topk(np.asarray(scores), labels)
+
+  return per_representation(context, "knn", score, features, baselines, limit)

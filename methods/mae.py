@@ -1,0 +1,76 @@
+"""Masked autoencoding (2111.06377): predict the pixels of removed patches."""
+
+import jax.numpy as jnp
+
+from losses import reconstruction
+from methods.method import Method
+from models.mae import MASKING, mask_from_noise
+from models.vit import patchify, unpatchify
+
+CHOICES = {"masking": MASKING}
+
+
+def make(model, *, mask_ratio: float = 0.75, masking: str = "random",
+         norm_pix: bool = True) -> Method:
+  """An encoder-decoder `models.mae.MAE` learns to fill in images.
+
+  Args:
+    model: the network.
+    mask_ratio: share of patches removed, in (0, 1).
+    masking: a name in `models.mae.MASKING`.
+    norm_pix: whether targets are standardised by their own patch's statistics.
+  """
+  encoder = model.encoder
+  patch, patches = encoder.patch, encoder.grid[0] * encoder.grid[1]
+  if not 0 < mask_ratio < 1 or not 0 < int(patches * (1 - mask_ratio)) < patches:
+    raise ValueError(f"method.mask_ratio = {mask_ratio}: expected a number in (0, 1) that leaves "
+                     f"at least one of {patches} patches and removes at least one")
+
+  def grid_of(image):
+    return image.shape[1] // patch, image.shape[2] // patch
+
+  def draw(rng, batch):
+    if "noise" in batch:
+      return batch
+    image = batch["image"]
+    return {**batch, "noise": MASKING[masking](rng, image.shape[0], grid_of(image))}
+
+  def init(rng, batch):
+    keep, restore, _ = mask_from_noise(draw(rng, batch)["noise"], mask_ratio)
+    return model.init(rng, batch["image"], keep, restore)["params"], {}
+
+  def forward(params, batch, rng, train):
+    keep, restore, mask = mask_from_noise(draw(rng, batch)["noise"], mask_ratio)
+    pred = model.apply({"params": params}, batch["image"], keep, restore, train=train,
+                       rngs={"dropout": rng, "drop_path": rng} if train else {})
+    return pred, mask
+
+  def loss(params, extra, batch, rng, step):
+    pred, mask = forward(params, batch, rng, train=True)
+    target = patchify(batch["image"], patch)                                 # b n p*p*c
+    if norm_pix:
+      mean, std = reconstruction.patch_statistics(target)
+      target = (target - mean) / std
+    return reconstruction.masked_mse(pred, target, mask).mean(), (extra, {})
+
+  def reconstruct(params, extra, batch, rng):
+    """`image` is the prediction in the input's units, by the true patches' statistics if needed."""
+    pred, mask = forward(params, batch, rng, train=False)
+    pixels = pred.astype(jnp.float32)
+    if norm_pix:
+      mean, std = reconstruction.patch_statistics(patchify(batch["image"], patch))
+      pixels = pixels * std + mean
+    return {"pred": pred, "mask": mask, "image": unpatchify(pixels, patch, grid_of(batch["image"])),
+            "norm_pix": jnp.full(mask.shape[0], norm_pix)}
+
+  def encode(params, batch, **kwargs):
+    return model.apply({"params": params}, batch["image"], method="encode", **kwargs)[1]
+
+  predict = {
+    "features": lambda params, extra, batch, rng: encode(params, batch)["features"],
+    "tokens": lambda params, extra, batch, rng: encode(params, batch)["tokens"],
+    "attention": lambda params, extra, batch, rng:
+      encode(params, batch, return_weights=True)["weights"],
+    "reconstruct": reconstruct,
+  }
+  return Method(init, loss, predict, draw)

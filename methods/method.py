@@ -1,0 +1,18 @@
+"""The contract between a learning method and the training loop."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Method(NamedTuple):
+  """How one method learns, as pure functions.
+
+  `extra` is what it carries beside parameters (momentum encoder, queue, statistics); {} for most.
+  `draw` adds to a batch the randomness that belongs to its examples (noise, times). It sees the
+  whole global batch, so that accumulating gradients over parts of it changes nothing.
+  """
+
+  init: Callable  # (rng, batch) -> (params, extra)
+  loss: Callable  # (params, extra, batch, rng, step) -> (scalar, (extra, metrics))
+  predict: Mapping[str, Callable]  # name -> (params, extra, batch, rng) -> leading batch axis
+  draw: Callable = lambda rng, batch: batch  # (rng, batch) -> batch

@@ -1,0 +1,259 @@
+"""Vision Transformer (2010.11929): patches, positions, a Transformer, pooling, a linear head."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from models import positions
+from models.transformer import ACTIVATIONS, ATTENTION, NORMS, REMAT, Attention, Mlp, Transformer
+
+
+class Size(NamedTuple):
+  width: int
+  depth: int
+  mlp_dim: int
+  heads: int
+
+
+SIZES = {
+  "Ti": Size(192, 12, 768, 3),  # 2106.10270
+  "S": Size(384, 12, 1536, 6),  # 2106.10270
+  "M": Size(512, 12, 2048, 8),
+  "B": Size(768, 12, 3072, 12),  # 2010.11929
+  "L": Size(1024, 24, 4096, 16),  # 2010.11929
+  "So400m": Size(1152, 27, 4304, 16),  # 2305.13035
+  "H": Size(1280, 32, 5120, 16),  # 2010.11929
+  "g": Size(1408, 40, 6144, 16),  # 2106.04560
+  "G": Size(1664, 48, 8192, 16),  # 2106.04560
+}
+
+POOLS = ("cls", "mean", "map", "none")
+
+# Fields whose value is a name, and the names: checked before anything is built.
+CHOICES = {"pool": POOLS, "positions": positions.KINDS, "resample": positions.RESAMPLE,
+           "activation": ACTIVATIONS, "norm": NORMS, "attention": ATTENTION, "remat": REMAT,
+           "dtype": ("float32", "bfloat16", "float16")}
+
+
+def parse_variant(variant: str) -> dict[str, int]:
+  """`"B/16"` -> width, depth, mlp_dim, heads and patch. Raises ValueError on an unknown one."""
+  size, _, patch = variant.partition("/")
+  if size not in SIZES or not patch.isdigit() or int(patch) < 1:
+    raise ValueError(f"model.variant = {variant!r}: expected SIZE/PATCH such as 'B/16', with SIZE "
+                     f"one of {', '.join(SIZES)} and PATCH in pixels")
+  return {**SIZES[size]._asdict(), "patch": int(patch)}
+
+
+def patchify(image, patch: int):
+  """Row-major patches with pixels in (p, q, c) order: [b, h, w, c] -> [b, n, p * p * c]."""
+  return rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(patches, patch: int, grid: tuple[int, int]):
+  """The inverse of `patchify`: [b, n, p * p * c] -> [b, h, w, c]."""
+  return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=grid[0], p=patch, q=patch)
+
+
+class PatchEmbed(nn.Module):
+  """A dense layer on patches: the strided convolution of ViT, said as the matrix product it is."""
+
+  width: int
+  fused_init: bool = False  # Xavier over the whole patch (MAE), else Lecun as a convolution's
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, patches):
+    init = nn.initializers.xavier_uniform() if self.fused_init else nn.initializers.lecun_normal()
+    return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="projection")(
+      patches.astype(self.dtype))                                            # b n d
+
+
+class Positions(nn.Module):
+  """Position embeddings of a grid of patches, as a table [n, d] (None for `kind="none"`)."""
+
+  kind: str  # one of positions.KINDS
+  grid: tuple[int, int]  # patches; the grid that a learned table is made for
+  width: int
+  resample: str = "antialias"  # a key of positions.RESAMPLE
+
+  @nn.compact
+  def __call__(self, grid: tuple[int, int]):
+    if self.kind == "none":
+      return None
+    if self.kind in positions.FIXED:
+      return jnp.asarray(positions.FIXED[self.kind](grid, self.width))
+    table = self.param("table", nn.initializers.normal(0.02),
+                       (self.grid[0] * self.grid[1], self.width))
+    return positions.resample(table, self.grid, grid, self.resample)
+
+
+class AttentionPool(nn.Module):
+  """Multi-head attention pooling by one learned probe (2106.04560 sec. 3.2): [b, n, d] -> [b, d]."""
+
+  heads: int
+  mlp_dim: int
+  activation: str = "gelu"
+  norm_eps: float = 1e-6
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    b, _, d = x.shape
+    probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d)).astype(self.dtype)
+    x = Attention(self.heads, dtype=self.dtype, name="attention")(
+      jnp.broadcast_to(probe, (b, 1, d)), memory=x)                          # b 1 d
+    y = NORMS["layernorm"](epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
+    return (x + Mlp(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")(y))[:, 0]
+
+
+class ViT(nn.Module):
+  """`__call__` gives (logits or pooled features, named intermediates)."""
+
+  image_size: tuple[int, int]  # pixels (h, w): what learned positions are made for
+  channels: int
+  patch: int  # pixels
+  width: int
+  depth: int
+  mlp_dim: int
+  heads: int
+  num_classes: int = 0  # 0: no head, the pooled features are the output
+  pool: str = "cls"  # one of POOLS
+  pool_before_norm: bool = False  # norm after pooling (timm's and MAE's fc_norm), not on tokens
+  class_token: bool | None = None  # None: as the pooling needs
+  registers: int = 0  # tokens (2309.16588)
+  positions: str = "learned"  # one of positions.KINDS; learned ones have a row for the class token
+  resample: str = "antialias"
+  activation: str = "gelu"
+  norm: str = "layernorm"
+  norm_eps: float = 1e-6
+  attention: str = "auto"
+  qk_norm: bool = False
+  fused_init: bool = False
+  layer_scale: float = 0.0
+  dropout: float = 0.0
+  drop_path: float = 0.0
+  head_bias_init: float = 0.0
+  scan: bool = False
+  remat: str = "none"
+  dtype: jnp.dtype = jnp.float32
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    return (self.image_size[0] // self.patch, self.image_size[1] // self.patch)
+
+  @property
+  def has_class_token(self) -> bool:
+    return self.pool == "cls" if self.class_token is None else self.class_token
+
+  def setup(self):
+    self.embed = PatchEmbed(self.width, self.fused_init, self.dtype)
+    self.position = Positions(self.positions, self.grid, self.width, self.resample)
+    if self.has_class_token:
+      self.cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, self.width))
+      if self.positions == "learned":
+        self.cls_position = self.param("cls_position", nn.initializers.normal(0.02),
+                                       (1, 1, self.width))
+    if self.registers:
+      self.register_tokens = self.param("registers", nn.initializers.normal(0.02),
+                                        (1, self.registers, self.width))
+    self.transformer = Transformer(
+      self.depth, self.heads, self.mlp_dim, self.activation, self.norm, self.norm_eps,
+      self.attention, self.qk_norm, self.fused_init, self.layer_scale, self.dropout,
+      self.drop_path, not self.pool_before_norm, self.scan, self.remat, self.dtype)
+    if self.pool_before_norm:
+      self.pool_norm = NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype)
+    if self.pool == "map":
+      self.map_pool = AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm_eps,
+                                    self.dtype)
+    if self.num_classes:
+      self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32,
+                           bias_init=nn.initializers.constant(self.head_bias_init))
+
+  @property
+  def prefix(self) -> int:
+    """How many tokens stand before the patches."""
+    return int(self.has_class_token) + self.registers
+
+  def encode(self, patches, grid: tuple[int, int], keep=None, *, train: bool = False,
+             return_weights: bool = False):
+    """patches [b, n, p*p*c] -> tokens [b, prefix + m, d], of the patches `keep` [b, m] if given.
+
+    Dropped patches are never embedded, so they cost nothing (2111.06377 sec. 3).
+    """
+    table = self.position(grid)                                              # n d
+    if keep is not None:
+      patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)       # b m p*p*c
+    x = self.embed(patches)                                                  # b m d
+    if table is not None:
+      table = table.astype(self.dtype)
+      x = x + (table[None] if keep is None else jnp.take(table, keep, axis=0))
+    prefix = []
+    if self.has_class_token:
+      cls = self.cls + self.cls_position if self.positions == "learned" else self.cls
+      prefix.append(cls)
+    if self.registers:
+      prefix.append(self.register_tokens)
+    prefix = [jnp.broadcast_to(t.astype(self.dtype), (x.shape[0], *t.shape[1:])) for t in prefix]
+    x = jnp.concatenate([*prefix, x], axis=1)                                # b prefix+m d
+    return self.transformer(x, train=train, return_weights=return_weights)
+
+  def pooled(self, tokens):
+    """tokens [b, prefix + n, d] -> [b, d] (or all tokens for pool = "none")."""
+    if self.pool == "cls":
+      x = tokens[:, 0]
+    elif self.pool == "mean":
+      x = jnp.mean(tokens[:, self.prefix:], axis=1)  # the class token is left out, as in timm, MAE
+    elif self.pool == "map":
+      x = self.map_pool(tokens)
+    else:
+      x = tokens
+    return self.pool_norm(x) if self.pool_before_norm else x
+
+  def __call__(self, image, *, train: bool = False, return_weights: bool = False):
+    """image [b, h, w, c], any h and w that the patch divides -> ([b, classes] or [b, d], out).
+
+    out: `tokens` [b, n, d] of the patches, `features` [b, d], `weights` [b, k, q, q] of the last
+    block if asked for.
+    """
+    grid = (image.shape[1] // self.patch, image.shape[2] // self.patch)
+    tokens = self.encode(patchify(image, self.patch), grid, train=train,
+                         return_weights=return_weights)
+    tokens, weights = tokens if return_weights else (tokens, None)
+    features = self.pooled(tokens)
+    out = {"tokens": tokens[:, self.prefix:], "features": features, "weights": weights}
+    return (self.head(features) if self.num_classes else features), out
+
+
+# What `make` takes beside its own arguments, with types.
+FIELDS = {f.name: f.type for f in dataclasses.fields(ViT)
+          if f.name not in ("parent", "name", "dtype", "image_size", "channels", "num_classes")}
+
+
+def check(image_size, patch: int, width: int, heads: int, *, field: str = "model"):
+  """Raises ValueError where image, patch and heads do not fit together."""
+  if any(side % patch for side in image_size):
+    raise ValueError(f"{field}.patch = {patch} does not divide the image size "
+                     f"{image_size[0]}x{image_size[1]}: choose a patch that divides both, or set "
+                     "augment.image_size to a multiple of it")
+  if width % heads:
+    raise ValueError(f"{field}.heads = {heads} does not divide {field}.width = {width}")
+
+
+def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, dtype="float32",
+         **fields) -> ViT:
+  """A ViT by `variant` ("B/16") and any field of `ViT`, which goes before the variant's.
+
+  Raises ValueError on an unknown variant or sizes that do not fit together.
+  """
+  fields = {**(parse_variant(variant) if variant else {}), **fields}
+  missing = [name for name in ("patch", *Size._fields) if name not in fields]
+  if missing:
+    raise ValueError(f"model: give variant (such as 'B/16') or all of {', '.join(missing)}")
+  image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+  check(image_size, fields["patch"], fields["width"], fields["heads"])
+  return ViT(image_size=image_size, channels=channels, num_classes=num_classes,
+             dtype=jnp.dtype(dtype), **fields)

@@ -1,0 +1,424 @@
+"""Device augmentation against Pillow, colorsys and NumPy; recipes on one device and on eight."""
+
+import colorsys
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from input_pipeline import augment
+
+LEVEL = 1 / 255
+
+
+def photo(h=33, w=40, c=3, seed=0):
+  """Smooth random uint8 image: neither flat nor noise, so that resampling errors show."""
+  noise = np.random.default_rng(seed).integers(0, 256, (6, 7, c), np.uint8)
+  planes = [Image.fromarray(noise[..., i]).resize((w, h), Image.BICUBIC) for i in range(c)]
+  return np.stack([np.asarray(plane) for plane in planes], -1)
+
+
+def batch_of(n, h=24, w=24, c=3):
+  return {"image": np.stack([photo(h, w, c, seed) for seed in range(n)]),
+          "label": np.arange(n, dtype=np.int32)}
+
+
+def to_float(image):
+  return jnp.asarray(image, jnp.float32) / 255
+
+
+def per_plane(image, apply):
+  """Applies a Pillow function in float mode "F" to each channel: no rounding in the reference."""
+  return np.stack([np.asarray(apply(Image.fromarray(np.float32(image[..., i]) / 255)))
+                   for i in range(image.shape[-1])], -1)
+
+
+def test_random_box_has_torchvisions_law():
+  h, w, area, ratio = 60, 90, (0.1, 0.5), (0.5, 2.0)
+  sample = jax.vmap(lambda key: augment.random_box(key, h, w, area, ratio))
+  top, left, height, width = np.asarray(sample(jax.random.split(jax.random.key(0), 4000))).T
+  assert (top >= 0).all() and (left >= 0).all()
+  assert (top + height <= h).all() and (left + width <= w).all()
+  assert {*np.unique(top[height == 30])} >= {0, 30}  # both ends are reached
+  rng, expected = np.random.default_rng(0), []
+  while len(expected) < 4000:  # the same law by rejection; ten tries all but always hold a fit
+    share, aspect = rng.uniform(*area), np.exp(rng.uniform(*np.log(ratio)))
+    size = round(np.sqrt(h * w * share / aspect)), round(np.sqrt(h * w * share * aspect))
+    if size[0] <= h and size[1] <= w:
+      expected.append(size)
+  # 4,000 draws: the standard error of these quantiles is below 0.6 pixels.
+  np.testing.assert_allclose(np.quantile(np.stack([height, width], -1), [0.1, 0.5, 0.9], 0),
+                             np.quantile(expected, [0.1, 0.5, 0.9], 0), atol=2.5)
+
+
+@pytest.mark.parametrize("ratio, box", [((4, 5), [11, 0, 8, 30]), ((0.1, 0.2), [0, 12, 30, 6])])
+def test_random_box_falls_back_to_the_centre(ratio, box):
+  got = augment.random_box(jax.random.key(1), 30, 30, (1.0, 1.0), ratio)
+  chex.assert_trees_all_equal(got, jnp.array(box, jnp.float32))
+
+
+@pytest.mark.parametrize("method, pillow", [
+    ("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC), ("lanczos3", Image.LANCZOS)])
+@pytest.mark.parametrize("size", [(16, 12), (50, 64)])
+def test_crop_resize_is_pillows(method, pillow, size):
+  image, (top, left, h, w) = photo(), (4, 7, 25, 21)
+  want = per_plane(image, lambda x: x.resize(size[::-1], pillow, (left, top, left + w, top + h)))
+  got = augment.crop_resize(to_float(image), (top, left, h, w), size, method)
+  np.testing.assert_allclose(got, np.clip(want, 0, 1), atol=1e-4)  # float32 on both sides
+
+
+def test_eval_resizes_the_short_side_and_cuts_the_centre():
+  image = photo(40, 60)
+  want = per_plane(image, lambda x: x.resize((20, 20), Image.BICUBIC, (10, 0, 50, 40)))
+  recipe = augment.make(image_size=20, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), flip=True)
+  got = recipe.eval({"image": jnp.asarray(image[None]), "valid": jnp.array([True])})
+  want = (np.clip(want, 0, 1) - [0.1, 0.2, 0.3]) / [0.5, 0.25, 2.0]
+  np.testing.assert_allclose(got["image"][0], want, atol=5e-4)
+  assert got["valid"].all()
+
+
+def test_padded_crop_is_a_window_of_the_reflected_image():
+  image = photo(12, 12)
+  padded = np.pad(image, ((3, 3), (3, 3), (0, 0)), mode="reflect") / 255
+  windows = np.lib.stride_tricks.sliding_window_view(padded, (12, 12), (0, 1))  # i j c 12 12
+  windows = windows.transpose(0, 1, 3, 4, 2)
+  found = set()
+  for key in jax.random.split(jax.random.key(0), 40):
+    got = np.asarray(augment.padded_crop(key, to_float(image), (12, 12), 3))
+    place = np.argwhere(np.abs(windows - got).max((2, 3, 4)) < 1e-6)
+    assert len(place) == 1
+    found.add(tuple(place[0]))
+  assert len(found) > 20 and np.min([*found]) == 0 and np.max([*found]) == 6
+
+
+def numpy_warp(image, matrix, fill):
+  """Bilinear, one pixel after the other, in float64."""
+  h, w, c = image.shape
+  padded = np.pad(image.astype(np.float64), ((1, 1), (1, 1), (0, 0)), constant_values=fill)
+  out = np.full((h, w, c), fill, np.float64)
+  for y in range(h):
+    for x in range(w):
+      u, v, _ = matrix @ [x - (w - 1) / 2, y - (h - 1) / 2, 1]
+      u, v = u + (w - 1) / 2 + 1, v + (h - 1) / 2 + 1
+      if 0 <= u < w + 1 and 0 <= v < h + 1:
+        i, j = int(v), int(u)
+        a, b = v - i, u - j
+        out[y, x] = ((1 - a) * ((1 - b) * padded[i, j] + b * padded[i, j + 1])
+                     + a * ((1 - b) * padded[i + 1, j] + b * padded[i + 1, j + 1]))
+  return out
+
+
+def numpy_move(angle=0.0, shear_x=0.0, shear_y=0.0, move_x=0.0, move_y=0.0, scale=1.0):
+  c, s = np.cos(angle), np.sin(angle)
+  turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+  shear = np.array([[1, shear_x, 0], [shear_y, 1, 0], [0, 0, scale]])
+  move = np.array([[1, 0, move_x], [0, 1, move_y], [0, 0, 1]])
+  return move @ turn @ (shear / scale)
+
+
+@pytest.mark.parametrize("move", [
+    dict(angle=0.4), dict(shear_x=0.3, shear_y=-0.1), dict(move_x=3.5, move_y=-2, scale=1.3),
+    dict(angle=-0.7, shear_x=0.2, move_x=1, scale=0.8)])
+def test_warp_is_pillows_inside_and_numpys_everywhere(move):
+  image, zero = photo(), dict.fromkeys(("angle", "shear_x", "shear_y", "move_x", "move_y"), 0.0)
+  matrix = numpy_move(**move)
+  np.testing.assert_allclose(augment.affine_matrix(**(zero | move)), matrix, atol=1e-6)
+  got = augment.warp(to_float(image), jnp.float32(matrix), jnp.float32([[[0.25]]]))
+  np.testing.assert_allclose(got, numpy_warp(image / 255, matrix, 0.25), atol=5e-5)
+  h, w, _ = image.shape  # Pillow's data maps corners, not centres: conjugate by the shift
+  data = np.linalg.inv(shift := np.array([[1, 0, -w / 2], [0, 1, -h / 2], [0, 0, 1]]))
+  data = (data @ matrix @ shift)[:2].ravel()
+  want = per_plane(image, lambda x: x.transform((w, h), Image.AFFINE, data, Image.BILINEAR))
+  y, x = np.mgrid[:h, :w]
+  u, v, _ = np.einsum("ij,jhw->ihw", matrix, [x - (w - 1) / 2, y - (h - 1) / 2, np.ones((h, w))])
+  inside = (np.abs(u) < (w - 1) / 2) & (np.abs(v) < (h - 1) / 2)  # beyond, Pillow has no fill to blend
+  assert inside.mean() > 0.3
+  np.testing.assert_allclose(np.asarray(got)[inside], want[inside], atol=5e-5)
+  edge = augment.warp(to_float(np.full_like(image, 90)), jnp.float32(matrix))
+  np.testing.assert_allclose(edge, 90 / 255, atol=1e-6)
+
+
+def test_random_affine_stays_in_its_range():
+  image = np.zeros((31, 31, 1), np.float32)
+  image[15, 20] = 1  # five pixels right of the centre: it shows where the move sends it
+  move = functools.partial(augment.random_affine, image=jnp.asarray(image), degrees=20.0,
+                           scale=(0.8, 1.2))
+  out = np.asarray(jax.vmap(move)(jax.random.split(jax.random.key(0), 200)))[..., 0]
+  y, x = np.mgrid[:31, :31] - 15
+  mass = out.sum((1, 2))
+  angle = np.degrees(np.arctan2((out * y).sum((1, 2)) / mass, (out * x).sum((1, 2)) / mass))
+  radius = np.hypot((out * y).sum((1, 2)), (out * x).sum((1, 2))) / mass
+  # A centroid of bilinear weights is off by a fraction of a pixel, at five pixels a few degrees.
+  assert angle.min() < -14 and angle.max() > 14 and np.abs(angle).max() < 26
+  assert radius.min() < 4.4 and radius.max() > 5.6 and 3.5 < radius.min() < radius.max() < 6.5
+
+
+PILLOW = {  # name: (our function of a float image, Pillow's of a uint8 image, tolerance in levels)
+    "grayscale": (augment.grayscale, lambda x: ImageOps.grayscale(x).convert("RGB"), 1),
+    "autocontrast": (augment.autocontrast, ImageOps.autocontrast, 1),
+    "equalize": (augment.equalize, ImageOps.equalize, 0.01),  # integers on both sides
+    "posterize": (lambda x: augment.posterize(x, 3), lambda x: ImageOps.posterize(x, 3), 0.01),
+    "sharpness": (lambda x: augment.sharpness(x, 1.9),
+                  lambda x: ImageEnhance.Sharpness(x).enhance(1.9), 1.5),
+    "saturation": (lambda x: augment.blend(augment.grayscale(x), x, 0.3),
+                   lambda x: ImageEnhance.Color(x).enhance(0.3), 1.5),
+    "contrast": (lambda x: augment.blend(augment.grayscale(x).mean(), x, 1.9),
+                 lambda x: ImageEnhance.Contrast(x).enhance(1.9), 2),  # Pillow rounds the mean
+    "brightness": (lambda x: augment.blend(0.0, x, 1.4),
+                   lambda x: ImageEnhance.Brightness(x).enhance(1.4), 1),
+}
+
+
+@pytest.mark.parametrize("name", PILLOW)
+def test_colour_operation_is_pillows(name):
+  ours, pillow, levels = PILLOW[name]
+  image = photo(seed=3) // 2 + 40  # neither black nor white, so that autocontrast has work
+  want = np.asarray(pillow(Image.fromarray(image))) / 255
+  assert np.abs(want - image / 255).max() > 4 * LEVEL
+  np.testing.assert_allclose(ours(to_float(image)), want, atol=levels * LEVEL)
+
+
+@pytest.mark.parametrize("op", [augment.autocontrast, augment.equalize])
+def test_flat_channels_stay(op):
+  image = np.full((8, 8, 3), 77, np.uint8)
+  np.testing.assert_allclose(op(to_float(image)), image / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.8, 2.0])
+def test_gaussian_blur_is_numpys(sigma):
+  image = photo(20, 24)
+  padded = np.pad(image / 255, ((9, 9), (9, 9), (0, 0)), "edge")
+  kernel = np.exp(-np.arange(-9, 10) ** 2 / (2 * sigma**2))
+  for axis in (0, 1):
+    padded = np.apply_along_axis(np.convolve, axis, padded, kernel / kernel.sum(), "same")
+  got = augment.gaussian_blur(to_float(image), sigma)  # ours is cut at 3 sigma: 0.3% of the mass
+  np.testing.assert_allclose(got, padded[9:-9, 9:-9], atol=0.5 * LEVEL)
+  pillow = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
+  # Pillow approximates by three boxes, and worse so within a radius of the border.
+  np.testing.assert_allclose(got[6:-6, 6:-6], pillow[6:-6, 6:-6] / 255, atol=3 * LEVEL)
+
+
+def test_jitter_draws_each_factor_from_its_range_in_any_order():
+  image = to_float(photo(8, 8) // 2 + 20)
+  keys = jax.random.split(jax.random.key(0), 300)
+  jitter = jax.jit(jax.vmap(augment.random_jitter, (0, None, None)), static_argnums=2)
+  ratio = np.asarray(jitter(keys, image, (0.4, 0.0, 0.0, 0.0))) / np.asarray(image)
+  np.testing.assert_allclose(ratio, ratio[:, :1, :1, :1] * np.ones_like(ratio), rtol=1e-5)
+  assert 0.6 <= ratio.min() < 0.62 and 1.38 < ratio.max() <= 1.4001
+  # Hue alone keeps HSV's saturation and value, and turns as colorsys does.
+  turned = np.asarray(jitter(keys, image, (0.0, 0.0, 0.0, 0.1)))[:, 0, 0]
+  hsv = np.array([colorsys.rgb_to_hsv(*map(float, pixel)) for pixel in turned])
+  start = np.array(colorsys.rgb_to_hsv(*map(float, image[0, 0])))
+  np.testing.assert_allclose(hsv[:, 1:], np.broadcast_to(start[1:], (300, 2)), atol=1e-4)
+  turn = (hsv[:, 0] - start[0] + 0.5) % 1 - 0.5
+  assert -0.1001 <= turn.min() < -0.09 and 0.09 < turn.max() <= 0.1001
+  # Two pixels, 0 and 0.4, brightness f then contrast g: the mean is 0.2 f, so their mean stays 0.2 f
+  # unless something clips; a mean other than that of the first alone shows nothing. Saturation and
+  # contrast do not commute with clipping: the pixel 0 rises only if contrast g < 1.
+  pixels = jnp.array([0.0, 0.4]).reshape(1, 2, 1)
+  out = np.asarray(jitter(keys, pixels, (0.5, 0.5, 0.0, 0.0)))[:, 0, :, 0]
+  assert (out[out[:, 0] > 1e-6].mean(1) < 0.301).all() and (out[:, 0] > 1e-6).mean() > 0.3
+
+
+def test_one_of_three_draws_all_three_equally():
+  image = photo(16, 16)
+  out = np.asarray(jax.vmap(augment.one_of_three, (0, None))(
+      jax.random.split(jax.random.key(0), 300), to_float(image)))
+  gray = np.asarray(ImageOps.grayscale(Image.fromarray(image)).convert("RGB")) / 255
+  solar = np.asarray(ImageOps.solarize(Image.fromarray(image))) / 255
+  is_gray = np.abs(out - gray).max((1, 2, 3)) < 1.01 * LEVEL
+  is_solar = np.abs(out - solar).max((1, 2, 3)) < 0.01 * LEVEL
+  assert not (is_gray & is_solar).any()
+  assert 70 < is_gray.sum() < 130 and 70 < is_solar.sum() < 130  # 100 +- 3.7 standard deviations
+  blurred = out[~is_gray & ~is_solar]
+  np.testing.assert_allclose(blurred.mean((1, 2)), np.broadcast_to(
+      image.mean((0, 1)) / 255, (len(blurred), 3)), atol=0.03)
+  assert np.abs(blurred - image / 255).max((1, 2, 3)).std() > 0.02  # by different amounts
+
+
+def test_rand_augment_draws_each_of_sixteen_operations():
+  magnitude, image = 7, photo(28, 28, seed=5) // 2 + 40
+  pil, fill = Image.fromarray(image), 0.25
+  enhance = {f.__name__: np.asarray(f(pil).enhance(0.1 + 1.8 * 0.7)) for f in (
+      ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)}
+  added = np.where(image < 128, np.minimum(image.astype(int) + 77, 255), image)
+  want = {"autocontrast": ImageOps.autocontrast(pil), "equalize": ImageOps.equalize(pil),
+          "invert": ImageOps.invert(pil), "posterize": ImageOps.posterize(pil, 2),
+          "solarize": ImageOps.solarize(pil, 179), "solarize_add": added, **enhance}
+  want = {name: np.asarray(out) / 255 for name, out in want.items()}
+  side = 100 / 224 * 28
+  for name, amount in dict(angle=np.pi / 6, shear_x=0.3, shear_y=0.3, move_x=side,
+                           move_y=side).items():
+    for sign in (1, -1):
+      want[name, sign] = numpy_warp(image / 255, numpy_move(**{name: sign * 0.7 * amount}), fill)
+  out = np.asarray(jax.vmap(augment.rand_augment, (0, None, None, None, None))(
+      jax.random.split(jax.random.key(0), 320), to_float(image), 1, magnitude,
+      jnp.full((1, 1, 1), fill)))
+  counts = dict.fromkeys([*want, "cutout"], 0)
+  for result in out:
+    errors = {name: np.abs(result - target).max() for name, target in want.items()}
+    name = min(errors, key=errors.get)
+    if errors[name] > 2 * LEVEL:  # Pillow's rounding, as above
+      changed = (np.abs(result - image / 255) > 1e-5).any(-1)
+      np.testing.assert_allclose(result[changed], fill)
+      rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+      assert len(rows) <= 7 and len(columns) <= 7  # 80 / 224 * 28 * 0.7
+      name = "cutout"
+    counts[name] += 1
+  assert len(counts) == 21 and min(counts.values()) > 0
+  for name, count in counts.items():  # 20 +- 4 standard deviations; a signed move is half of one
+    assert count < (38 if isinstance(name, str) else 24), counts
+
+
+def test_rand_augment_composes_the_moves_of_its_layers():
+  image = to_float(photo(21, 21))
+  moves = dict(angle=np.pi / 6, shear_x=0.3, shear_y=0.3)
+  moves = [numpy_move(**{name: sign * amount}) for sign in (1, -1) for name, amount in moves.items()]
+  out = np.asarray(jax.vmap(augment.rand_augment, (0, None, None, None, None))(
+      jax.random.split(jax.random.key(3), 160), image, 2, 10, jnp.zeros((1, 1, 1))))
+  products = [numpy_warp(np.asarray(image), a @ b, 0.0) for a in moves for b in moves]
+  matches = sum(np.abs(out - product).max((1, 2, 3)).min() < 1e-4 for product in products)
+  assert matches >= 2  # 160 * 9 / 256 = 5.6 draws of two of these moves are expected
+
+
+def test_random_erase_replaces_a_box_by_noise():
+  image = jnp.full((32, 32, 1), 9.0)
+  keys = jax.random.split(jax.random.key(0), 200)
+  out = np.asarray(jax.vmap(augment.random_erase, (0, None, None))(keys, image, 0.5))[..., 0]
+  erased = [np.argwhere(one != 9) for one in out if (one != 9).any()]
+  assert 70 < len(erased) < 130
+  for place in erased:
+    sides = place.max(0) - place.min(0) + 1
+    assert np.prod(sides) == len(place) and 0.015 < len(place) / 1024 < 0.35
+  noise = out[out != 9]
+  assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+
+
+def mixed(key, mixup, cutmix, prob=1.0, n=6):
+  """Images that are constant i + 1, so that a pixel names its source."""
+  image = jnp.broadcast_to(jnp.arange(1.0, n + 1).reshape(n, 1, 1, 1), (n, 16, 20, 1))
+  batch = {"image": image, "label": jnp.arange(n), "text": jnp.ones(n)}
+  out = augment.mix(key, batch, mixup, cutmix, prob)
+  return {name: np.asarray(value) for name, value in out.items()}
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mix_weight_is_the_share_of_the_own_image(mixup, cutmix):
+  weights, boxes = [], 0
+  for key in jax.random.split(jax.random.key(0), 60):
+    out = mixed(key, mixup, cutmix)
+    np.testing.assert_array_equal(out["label"], np.arange(6))
+    np.testing.assert_array_equal(out["label_mix"], np.arange(6)[::-1])
+    own, other = np.arange(1, 7), np.arange(6, 0, -1)
+    np.testing.assert_allclose(out["image"].mean((1, 2, 3)),
+                               out["mix"] * own + (1 - out["mix"]) * other, rtol=1e-5)
+    pasted = out["image"][0, :, :, 0] == 6
+    is_box = set(np.unique(out["image"][0])) <= {1, 6}
+    if is_box and pasted.any():
+      rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
+      assert pasted.sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    boxes += is_box
+    weights.append(out["mix"][0])
+  assert boxes == 0 if not cutmix else boxes == 60 if not mixup else 15 < boxes < 45
+  if not cutmix:  # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)); 60 draws
+    assert abs(np.mean(weights) - 0.5) < 0.15
+    assert abs(np.var(weights) - 1 / (4 * 2.6)) < 0.04
+
+
+def test_mix_prob_leaves_batches_alone():
+  weights = [mixed(key, 0.8, 0.0, 0.3)["mix"][0] for key in jax.random.split(jax.random.key(1), 60)]
+  assert 30 < np.sum(np.array(weights) == 1.0) < 54  # 42 +- 3.4 standard deviations
+
+
+EVERYTHING = dict(
+    image_size=(20, 16), affine=dict(degrees=10, translate=0.1, scale=(0.9, 1.1), shear=5),
+    crop_area=(0.3, 1.0), flip=True, three_augment=True, color_jitter=(0.3, 0.3, 0.3, 0.1),
+    randaugment=(2, 9), erase=0.5, mixup=0.2, cutmix=1.0)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_everything_at_once_on_any_channels(channels):
+  recipe = augment.make(**EVERYTHING)
+  out = jax.jit(recipe.train)(jax.random.key(0), batch_of(4, c=channels))
+  chex.assert_shape(out["image"], (4, 20, 16, channels))
+  chex.assert_type(out["image"], jnp.float32)
+  chex.assert_tree_all_finite(out["image"])
+  assert np.asarray(out["image"]).std((1, 2, 3)).min() > 0.05
+
+
+def test_eight_devices_as_one_in_one_trace():
+  batch = batch_of(16)
+  sharding = jax.sharding.NamedSharding(
+      jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+      jax.sharding.PartitionSpec("data"))
+  recipe = augment.make(**EVERYTHING)
+  train = jax.jit(chex.assert_max_traces(recipe.train, 2))  # one a sharding
+  for seed in (0, 1, 2):
+    one = train(jax.random.key(seed), jax.device_put(batch, jax.devices()[0]))
+    eight = train(jax.random.key(seed), jax.device_put(batch, sharding))
+    # Sums in another order differ by 1e-6, which autocontrast and 1 / std stretch.
+    chex.assert_trees_all_close(one, eight, atol=1e-5)
+  assert eight["image"].sharding.num_devices == 8
+
+
+def test_an_example_depends_on_its_place_and_key_only():
+  batch = batch_of(4)
+  train = jax.jit(augment.make(**EVERYTHING | dict(mixup=0.0, cutmix=0.0)).train)
+  first = train(jax.random.key(0), batch)["image"]
+  other = train(jax.random.key(0), {**batch, "image": batch["image"][[0, 2, 1, 3]]})["image"]
+  chex.assert_trees_all_close(first[jnp.array([0, 3])], other[jnp.array([0, 3])], atol=1e-6)
+  again = train(jax.random.key(1), batch)["image"]
+  assert np.abs(first - again).max((1, 2, 3)).min() > 0.1
+
+
+def test_flip_mirrors_half_and_nothing_else():
+  batch = {"image": np.repeat(photo(8, 8)[None], 200, 0)}
+  out = augment.make(image_size=8, mean=0.0, std=1.0, flip=True).train(jax.random.key(0), batch)
+  same = np.abs(out["image"] - batch["image"] / 255).max((1, 2, 3)) < 1e-6
+  mirrored = np.abs(out["image"] - batch["image"][:, :, ::-1] / 255).max((1, 2, 3)) < 1e-6
+  assert (same ^ mirrored).all() and 65 < same.sum() < 135
+
+
+def test_cropped_by_the_host_is_only_normalised():
+  batch, recipe = batch_of(3), augment.make(image_size=24, cropped=True)
+  out = recipe.train(jax.random.key(0), batch)
+  np.testing.assert_allclose(out["image"], batch["image"] / 127.5 - 1, atol=1e-6)
+  with pytest.raises(ValueError, match=r"augment\.cropped.*\(24, 20\)"):
+    recipe.train(jax.random.key(0), batch_of(2, 24, 20))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(image_size=0), r"augment\.image_size = 0"),
+    (dict(image_size=(3, 4, 5)), r"augment\.image_size"),
+    (dict(std=(0.5, 0.0)), r"augment\.std"),
+    (dict(crop_area=(0.0, 1.0)), r"augment\.crop_area = \(0\.0, 1\.0\).*0 < low"),
+    (dict(crop_area=0.5), r"augment\.crop_area = 0\.5"),
+    (dict(crop_area=(0.1, 1), cropped=True), r"augment\.crop_area.*only one"),
+    (dict(crop_ratio=(2, 1)), r"augment\.crop_ratio"),
+    (dict(crop_padding=-1), r"augment\.crop_padding = -1"),
+    (dict(interpolation="bicubik"), r"augment\.interpolation = 'bicubik'.*did you mean 'bicubic'"),
+    (dict(affine=dict(degree=3)), r"augment\.affine = 'degree'.*did you mean 'degrees'"),
+    (dict(affine=dict(scale=(0, 1))), r"augment\.affine\.scale"),
+    (dict(color_jitter=(1, 1, 1, 0.6)), r"augment\.color_jitter"),
+    (dict(randaugment=(0, 9)), r"augment\.randaugment = \(0, 9\)"),
+    (dict(randaugment=(2, 31)), r"augment\.randaugment"),
+    (dict(erase=1.5), r"augment\.erase = 1\.5"),
+    (dict(mixup=-0.1), r"augment\.mixup = -0\.1"),
+])
+def test_wrong_values_are_named(wrong, message):
+  with pytest.raises(ValueError, match=message):
+    augment.make(**{"image_size": 8} | wrong)
+
+
+@pytest.mark.parametrize("options, batch, message", [
+    (dict(mixup=0.5), {"image": np.zeros((2, 8, 8, 1), np.uint8)}, r"augment\.mixup.*labels"),
+    (dict(mean=(0, 0)), {"image": np.zeros((2, 8, 8, 3), np.uint8)}, r"augment\.mean.*3 channels"),
+    (dict(), {"image": np.zeros((2, 8, 8, 3), np.float32)}, "uint8, not float32"),
+])
+def test_wrong_batches_are_named(options, batch, message):
+  with pytest.raises(ValueError, match=message):
+    augment.make(image_size=8, **options).train(jax.random.key(0), batch)

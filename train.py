@@ -1,0 +1,54 @@
+"""Trains a recipe.
+
+  python train.py --config=configs/mae.py[:variant] [--workdir=DIR] [--config.any.field=value]
+
+A workdir that holds a run is continued. Exit status 0 only if the run ended as asked.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[str, str]:
+  """["--config.a.b=1", "--config.c", "2"] -> {"a.b": "1", "c": "2"}."""
+  overrides, rest = {}, list(rest)
+  while rest:
+    flag, equals, value = rest.pop(0).partition("=")
+    if not flag.startswith("--config."):
+      parser.error(f"unknown argument {flag}")
+    if not equals and not rest:
+      parser.error(f"{flag} needs a value")
+    overrides[flag.removeprefix("--config.")] = value if equals else rest.pop(0)
+  return overrides
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:VARIANT")
+  parser.add_argument("--workdir", help="run directory; default runs/NAME or runs/NAME_VARIANT")
+  parser.add_argument("--data_dir", help="where data sets are prepared and looked for; default "
+                      "$TFDS_DATA_DIR or ~/tensorflow_datasets")
+  args, rest = parser.parse_known_args(argv)
+  overrides = parse_overrides(rest, parser)
+
+  from trainer import environment
+  environment.prepare()
+  from trainer import loop, recipe
+  try:
+    config = recipe.load_config(args.config, overrides)
+    built = recipe.build(config, args.data_dir)
+  except (ValueError, FileNotFoundError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  try:
+    loop.train(built, args.workdir or Path("runs") / config.config_name.replace(":", "_"))
+  except loop.TrainingError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,112 @@
+"""Runs evaluators: gives them predictions over whole splits, from any mesh."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainer import recipe as recipes
+from trainer import sharding
+
+
+class Context(NamedTuple):
+  """What an evaluator gets: predictions, facts of the data, a place for figures."""
+
+  collect: Callable  # (name, split, *keys, params="trained", limit=None) -> (outputs, {key: array})
+  predict: Callable  # (name, batch, rng=None) -> NumPy outputs for one batch of ready images
+  info: Any  # input_pipeline.sources.Info
+  train_split: str
+  eval_split: str
+  mean: Any  # of the normalisation (x - mean) / std of pixels in [0, 1]
+  std: Any
+  figures: Path
+  step: int
+  seed: int
+
+
+def make_collect(recipe, weights: Mapping[str, Callable]) -> Callable:
+  """The `collect` of a Context.
+
+  `weights` maps "trained" and "untrained" to functions () -> (params, extra). Predictions run on
+  the mesh, each process reading its share, and come back whole to every process.
+  """
+  method, mesh = recipe.method, recipe.mesh
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  batch_size = -(-recipe.config.eval_batch_size // ways) * ways
+
+  @functools.cache
+  def compiled(name, keys):
+    def run(params, extra, batch, rng):
+      batch = recipe.augment.eval(batch)
+      if name == "pixels":
+        out = batch["image"].reshape(batch["image"].shape[0], -1)
+      else:
+        out = method.predict[name](params, extra, batch, rng)
+      return out, {key: batch[key] for key in (*keys, "valid")}
+    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+  def collect(name, split, *keys, params="trained", limit=None):
+    """Prediction `name` over the first `limit` examples of a split, in order, each once."""
+    if name != "pixels" and name not in method.predict:
+      raise ValueError(f"no prediction {name!r}: {recipes.nearest(name, sorted(method.predict))}")
+    variables = weights[params]() if params else ({}, {})
+    rows, parts, count = sharding.local_rows(batch_size, mesh), [], 0
+    for index, batch in enumerate(recipe.data.eval(split, batch_size, rows)):
+      missing = [key for key in keys if key not in batch]
+      if missing:
+        raise ValueError(f"the data has no {missing[0]!r}; it has {', '.join(sorted(batch))}")
+      out, kept = jax.device_get(compiled(name, keys)(
+        *variables, sharding.to_device(batch, batch_size, mesh),
+        jax.random.fold_in(jax.random.key(0), index)))
+      valid = kept.pop("valid")
+      parts.append(jax.tree.map(lambda x, valid=valid: x[valid], (out, kept)))
+      count += int(valid.sum())
+      if limit and count >= limit:
+        break
+    return jax.tree.map(lambda *x: np.concatenate(x)[:limit], *parts)
+
+  return collect
+
+
+def make_predict(method, weights: Callable) -> Callable:
+  """(name, batch, rng=None) -> NumPy outputs for one batch; `weights` is () -> (params, extra)."""
+  compiled = {name: jax.jit(function) for name, function in method.predict.items()}
+
+  def predict(name, batch, rng=None):
+    if name not in compiled:
+      raise ValueError(f"no prediction {name!r}: {recipes.nearest(name, sorted(compiled))}")
+    rng = jax.random.key(0) if rng is None else rng
+    batch = {key: jnp.asarray(x) for key, x in batch.items()}
+    return jax.tree.map(np.asarray, compiled[name](*weights(), batch, rng))
+
+  return predict
+
+
+def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
+  """(step, final) -> metrics of every evaluator in `config.evals`, named EVALUATOR/METRIC.
+
+  Baselines (the untrained network, raw pixels) never change, so they run at the end only.
+  """
+  collect = make_collect(recipe, weights)
+  predict = make_predict(recipe.method, weights["trained"])
+  config, data = recipe.config, recipe.data
+
+  def evaluate(step: int, final: bool) -> dict[str, float]:
+    context = Context(collect, predict, data.info, data.train_split, data.eval_split,
+                      config.augment.get("mean", 0.5), config.augment.get("std", 0.5),
+                      Path(workdir) / "figures", step, config.seed)
+    metrics = {}
+    for label, section in config.evals.items():
+      fields = section.to_dict()
+      module = recipes.find_module("evaluators", fields.pop("name", label), f"config.evals.{label}")
+      if not final:
+        fields.pop("baselines", None)
+      result = recipes.call(module.evaluate, fields, f"evals.{label}", context=context)
+      metrics.update({f"{label}/{key}": float(value) for key, value in result.items()})
+    return metrics
+
+  return evaluate

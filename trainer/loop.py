@@ -1,0 +1,205 @@
+"""The training loop, the same for every method.
+
+Batch n is a function of (seed, n), and so is the randomness of step n. Nothing else is carried from
+step to step than the TrainState.
+"""
+
+import json
+import platform
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from trainer import checkpoints, evaluation, recipe as recipes, sharding
+from trainer.logging import Reporter, duration, print_evaluations
+from trainer.state import count_flops, make_init, make_step
+
+# Fields that do not change what is computed: a run may be continued with others.
+FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect",
+        "data.workers", "data.cache_bytes", "data.prefetch_batches")
+
+
+class TrainingError(RuntimeError):
+  """Training stopped for a reason the user has to know; nothing already saved is lost."""
+
+
+def check_same_run(workdir: Path, config: dict):
+  """Writes config.json, or compares with the one there. Raises TrainingError if they differ."""
+  path = workdir / "config.json"
+  if path.exists():
+    lines = [line for line in recipes.differences(json.loads(path.read_text()), config)
+             if not line.removeprefix("config.").startswith(FREE)]
+    if lines:
+      raise TrainingError(f"{workdir} holds a run with another config; choose another --workdir or "
+                          "remove it. Its config differs in\n  " + "\n  ".join(lines))
+  elif jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    partial.replace(path)
+
+
+def abstract_state(init, mesh):
+  """(shapes of the state with their shardings, the shardings alone)."""
+  shapes = jax.eval_shape(init)
+  shardings = sharding.shard_state(shapes, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                      shapes, shardings), shardings
+
+
+def model_flops(recipe, state) -> int:
+  """Model FLOPs of one training step: the forward pass, and twice that for the backward pass."""
+  batch = jax.eval_shape(recipe.augment.eval, recipe.data.spec)
+  return 3 * count_flops(
+    lambda *args: recipe.method.loss(*args, jax.random.key(0), 0)[0],
+    state.params, state.extra, batch)
+
+
+def weights_of(recipe, init, shardings, get_state) -> dict:
+  """What evaluators evaluate: "trained" (the running average if kept) and "untrained"."""
+  def trained():
+    state = get_state()
+    return (state.params if state.ema is None else state.ema), state.extra
+
+  initial = jax.jit(lambda: (init().params, init().extra),
+                    out_shardings=(shardings.params, shardings.extra))
+  return {"trained": trained, "untrained": initial}
+
+
+def describe(recipe, state, start: int, workdir) -> dict[str, str]:
+  """What is trained, on what: the lines shown at the start."""
+  config, info, devices = recipe.config, recipe.data.info, jax.devices()
+  train_size, batch_size = info.num_examples[recipe.data.train_split], config.data.batch_size
+  return {
+    "recipe": f"{config.config_name}: method {config.method.name}, model {config.model.name} "
+              + str(config.model.get("variant") or ""),
+    "data": f"{config.data.source}: " + ", ".join(
+      f"{n:,} {split}" for split, n in info.num_examples.items()) + " images",
+    "devices": f"{len(devices)} x {devices[0].device_kind} ({platform.machine()}), mesh "
+               + ", ".join(f"{name} {size}" for name, size in recipe.mesh.shape.items()),
+    "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
+    "model FLOPs": f"{model_flops(recipe, state):.3g} a step of {batch_size} examples",
+    "steps": f"{recipe.total:,} ({recipe.total * batch_size / train_size:.1f} epochs)"
+             + (f", continuing from step {start:,}" if start else ""),
+    "expected": config.expect or "not measured; README.md lists the recipes that are",
+    "run directory": str(workdir)}
+
+
+def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
+  """Trains to the end, continuing the run in `workdir` if there is one.
+
+  Returns the final evaluation's metrics.
+
+  Raises:
+    TrainingError: the workdir holds another run, a record cannot be read, or the loss is not finite.
+  """
+  began, workdir = time.monotonic(), Path(workdir)
+  config, mesh, method = recipe.config, recipe.mesh, recipe.method
+  batch_size = config.data.batch_size
+
+  # --- The state: from the newest checkpoint, or new ----------------------------------------------
+  check_same_run(workdir, recipes.plain(config))
+  init = make_init(method, recipe.tx, recipe.augment.eval, recipe.data.spec, config.seed,
+                   config.ema_decay > 0)
+  abstract, shardings = abstract_state(init, mesh)
+  manager = recipes.call(checkpoints.open_manager, recipe.checkpoint, "checkpoint", workdir=workdir)
+  start = manager.latest_step() or 0
+  state = (checkpoints.restore(manager, start, abstract) if start
+           else jax.jit(init, out_shardings=shardings)())
+
+  # --- What runs on the mesh, and what tells of it ------------------------------------------------
+  step_fn = jax.jit(
+    make_step(method, recipe.tx, recipe.augment.train, seed=config.seed,
+              accumulate=config.accumulate, ema_decay=config.ema_decay),
+    in_shardings=(shardings, sharding.batch_sharding(mesh)),
+    out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+  evaluate = evaluation.make_evaluate(
+    recipe, workdir, weights_of(recipe, init, shardings, lambda: state))
+  batches = recipe.data.train(start, recipe.total, sharding.local_rows(batch_size, mesh))
+  report = Reporter(workdir, start=start, total=recipe.total, batch_size=batch_size,
+                    writes=jax.process_index() == 0, wandb=config.wandb,
+                    config=recipes.plain(config))
+  report.facts(describe(recipe, abstract, start, workdir))
+  spent = dict.fromkeys(("compilation", "input wait", "evaluation", "checkpoints"), 0.0)
+  unchecked, last_finite = [], "none"
+
+  def timed(name, function, *args):
+    before = time.monotonic()
+    result = function(*args)
+    spent[name] += time.monotonic() - before
+    return result
+
+  def next_batch():
+    try:
+      return sharding.to_device(next(batches), batch_size, mesh)
+    except (ValueError, OSError) as error:  # a record that cannot be read, named in the message
+      raise TrainingError(str(error)) from error
+
+  def fetch(step):
+    """The metrics of a step, once all up to it are known to be finite."""
+    nonlocal last_finite
+    while unchecked and unchecked[0][0] <= step:
+      at, metrics = unchecked.pop(0)
+      metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+      text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+      if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+        manager.wait_until_finished()
+        raise TrainingError(
+          f"not finite at step {at}: {text}\n  last finite metrics: {last_finite}\n  last good "
+          f"checkpoint: {manager.latest_step() or 'none'} in {workdir / 'checkpoints'}")
+      last_finite = f"step {at}, {text}"
+    return {f"train/{name}": value for name, value in metrics.items()}
+
+  def log(step):
+    report.train(step, {**fetch(step), "train/lr": float(recipe.rate(step - 1))})
+
+  try:
+    to_log = None
+    for step in range(start + 1, recipe.total + 1):
+      batch = timed("input wait", next_batch)
+      before = time.monotonic()
+      with jax.transfer_guard("disallow"):
+        state, metrics = step_fn(state, batch)
+      if step == start + 1:  # the first call compiles
+        jax.block_until_ready(metrics)
+        spent["compilation"] = time.monotonic() - before
+        report.restart_clock(step)
+      unchecked.append((step, metrics))
+      if to_log:  # fetched only now that the next step is running: the device never waits for it
+        log(to_log)
+      last = step == recipe.total
+      to_log = step if step % recipe.log_every == 0 or last else None
+      save = manager.should_save(step) or last
+      evaluates = bool(recipe.eval_every) and step % recipe.eval_every == 0 and not last
+      if save or evaluates:
+        if to_log:
+          log(to_log)
+          to_log = None
+        if save:
+          if unchecked:
+            fetch(step)  # what is saved is finite
+          timed("checkpoints", checkpoints.save, manager, state, step)
+        if evaluates:
+          report.evaluation(step, timed("evaluation", evaluate, step, False))
+        report.restart_clock(step)
+    timed("checkpoints", manager.wait_until_finished)
+    final = timed("evaluation", evaluate, recipe.total, True)
+    report.evaluation(recipe.total, final)
+  finally:
+    batches.close()
+    manager.close()
+    report.close()
+
+  # --- What a person wants to know at the end -----------------------------------------------------
+  wall = time.monotonic() - began
+  spent["steps"] = wall - sum(spent.values())
+  print_evaluations(final, report.console)
+  report.facts({
+    "wall time": duration(wall) + ": " + ", ".join(
+      f"{name} {seconds:.1f} s ({100 * seconds / wall:.1f}%)" for name, seconds in spent.items()),
+    "figures": ", ".join(map(str, sorted((workdir / "figures").glob("*.png")))) or "none",
+    "evaluate": f"python evaluate.py --workdir={workdir}",
+    "continue": f"the same command again, with --workdir={workdir}"})
+  return final

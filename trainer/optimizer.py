@@ -1,0 +1,146 @@
+"""Optimizers: optax's, put together as the field's recipes ask."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+from optax import contrib
+
+
+def path_name(path) -> str:
+  """("encoder", "blocks", "mlp") as "encoder/blocks/mlp"."""
+  return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+                  for key in path)
+
+
+def decay_mask(pattern: str) -> Callable:
+  """params -> bools: which of them weight decay acts on, those whose path matches."""
+  return lambda params: jax.tree.map_with_path(
+    lambda path, _: re.search(pattern, path_name(path)) is not None, params)
+
+
+def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Shows `tx` each layer of a stacked parameter as one of its own.
+
+  For optimizers whose update depends on a whole tensor's norm or shape.
+  """
+  def split(tree):
+    def leaf(path, x):
+      return [x[i] for i in range(x.shape[0])] if "blocks" in path_name(path).split("/") else x
+    return jax.tree.map_with_path(leaf, tree)
+
+  def join(tree):
+    return jax.tree.map(lambda x: jax.numpy.stack(x) if isinstance(x, list) else x, tree,
+                        is_leaf=lambda x: isinstance(x, list))
+
+  def update(updates, state, params=None):
+    updates, state = tx.update(split(updates), state, split(params))
+    return join(updates), state
+
+  return optax.GradientTransformation(lambda params: tx.init(split(params)), update)
+
+
+def _lars(learning_rate, weight_decay, mask, *, momentum: float = 0.9,
+          trust_coefficient: float = 0.001):
+  """LARS (1708.03888) with the rate after the momentum, as PyTorch's SGD has it."""
+  return optax.chain(optax.add_decayed_weights(weight_decay, mask),
+                     optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient),
+                                  mask),
+                     optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
+
+
+def _sgd(learning_rate, weight_decay, mask, *, momentum: float = 0.9, nesterov: bool = False):
+  return optax.chain(optax.add_decayed_weights(weight_decay, mask),
+                     optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov))
+
+
+def _muon(learning_rate, weight_decay, mask, *, beta: float = 0.95, ns_steps: int = 5,
+          consistent_rms: float | None = 0.2, adam_b1: float = 0.9, adam_b2: float = 0.95):
+  """Muon on the matrices of the blocks (query, key and value apart), AdamW on all else.
+
+  `consistent_rms=0.2` gives updates AdamW's scale, so that one rate serves both (2502.16982).
+  """
+  axes = {"qkv_kernel": contrib.MuonDimensionNumbers(1, (3, 4)),             # layer d 3 k h
+          "out/kernel": contrib.MuonDimensionNumbers((1, 2), 3),             # layer k h d
+          "up/kernel": contrib.MuonDimensionNumbers(1, 2),                   # layer d hidden
+          "down/kernel": contrib.MuonDimensionNumbers(1, 2)}
+
+  def dimensions(params):
+    def leaf(path, _):
+      name = path_name(path)
+      return next((spec for end, spec in axes.items()
+                   if "blocks" in name.split("/") and name.endswith(end)), None)
+    return jax.tree.map_with_path(leaf, params)
+
+  return contrib.muon(learning_rate, beta=beta, ns_steps=ns_steps, weight_decay=weight_decay,
+                      weight_decay_mask=mask, adam_b1=adam_b1, adam_b2=adam_b2,
+                      adam_weight_decay=0.0, consistent_rms=consistent_rms,
+                      muon_weight_dimension_numbers=dimensions)
+
+
+def _adamw(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.999,
+           eps: float = 1e-8):
+  return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+
+
+def _lamb(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.999,
+          eps: float = 1e-6):
+  return optax.lamb(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+
+
+def _lion(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.99):
+  return optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)
+
+
+def _adafactor(learning_rate, weight_decay, mask, *, decay_rate: float = 0.8,
+               momentum: float | None = 0.9, clipping_threshold: float = 1.0):
+  """Adafactor as 2106.04560 sec. 3.4 trains with: no parameter scale, a first moment."""
+  return optax.chain(optax.scale_by_factored_rms(decay_rate=decay_rate),
+                     optax.clip_by_block_rms(clipping_threshold),
+                     optax.ema(momentum, debias=False) if momentum else optax.identity(),
+                     optax.add_decayed_weights(weight_decay, mask),
+                     optax.scale_by_learning_rate(learning_rate))
+
+
+# name -> ((learning_rate, weight_decay, mask, **options) -> optax transformation, per layer?)
+OPTIMIZERS: Mapping[str, tuple[Callable, bool]] = {
+  "adamw": (_adamw, False), "sgd": (_sgd, False), "lars": (_lars, True), "lamb": (_lamb, True),
+  "adafactor": (_adafactor, True), "lion": (_lion, False), "muon": (_muon, False)}
+CHOICES = {"name": OPTIMIZERS}
+FIELDS = {p.name: p.annotation for function, _ in OPTIMIZERS.values()
+          for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY}
+
+
+def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float | None = None,
+         base_lr: float | None = None, weight_decay: float = 0.0, decay: str = r"kernel$",
+         clip_norm: float | None = None, **options):
+  """Returns (optax transformation, step -> learning rate).
+
+  Args:
+    schedule: step -> multiplier of the peak rate.
+    batch_size: examples a step.
+    name: a key of OPTIMIZERS.
+    lr, base_lr: the peak rate, or the peak rate for 256 examples (1706.02677): give one.
+    weight_decay: decoupled and times the rate (in the gradient for sgd and lars).
+    decay: regular expression; parameters whose path matches decay. The default leaves out biases,
+      norms, positions and tokens.
+    clip_norm: global norm that gradients are clipped to; None = not clipped.
+    **options: keywords of the optimizer's row above (b1, b2, eps, momentum, ...).
+  """
+  if (lr is None) == (base_lr is None):
+    raise ValueError(f"optimizer: give lr or base_lr, not both (lr = {lr}, base_lr = {base_lr})")
+  build, layerwise = OPTIMIZERS[name]
+  unknown = set(options) - set(inspect.signature(build).parameters)
+  if unknown:
+    allowed = list(inspect.signature(build).parameters)[3:]
+    raise ValueError(f"optimizer.{min(unknown)}: {name} takes {', '.join(allowed)}")
+  peak = lr if lr is not None else base_lr * batch_size / 256
+
+  def rate(step):
+    return peak * schedule(step)
+
+  tx = build(rate, weight_decay, decay_mask(decay), **options)
+  tx = per_layer(tx) if layerwise else tx
+  return (optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx), rate

@@ -1,0 +1,291 @@
+"""A config becomes functions: each section is the keyword arguments of exactly one of them.
+
+Modules are found by name (`models/NAME.py`, `methods/NAME.py`, ...), arguments are checked before
+anything runs, and errors speak in the config's words.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from trainer import optimizer, schedule, sharding
+
+UNITS = ("steps", "epochs", "examples")
+
+
+def nearest(name: str, allowed) -> str:
+  """The end of an error message: what was probably meant, or all that is allowed."""
+  close = difflib.get_close_matches(str(name), [str(a) for a in allowed], 1)
+  return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(map(str, allowed))}"
+
+
+def find_module(folder: str, name: str, field: str):
+  """The module FOLDER/NAME.py. Raises ValueError with the nearest name."""
+  if importlib.util.find_spec(f"{folder}.{name}") is None or not str(name).isidentifier():
+    root = Path(importlib.import_module(folder).__path__[0])
+    raise ValueError(f"{field} = {name!r}: no {folder}/{name}.py; "
+                     + nearest(name, sorted(path.stem for path in root.glob("*.py"))))
+  return importlib.import_module(f"{folder}.{name}")
+
+
+def _check_type(value, hint, field: str):
+  """Raises ValueError unless a value is of a (simple) annotated type; int counts as float."""
+  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  if not all(o in (bool, int, float, str, types.NoneType) for o in options):
+    return
+  fits = (type(value) in options or (type(value) is int and float in options))
+  if not fits:
+    names = " or ".join("None" if o is types.NoneType else o.__name__ for o in options)
+    raise ValueError(f"{field} = {value!r}: expected {names}")
+
+
+def call(function: Callable, section: Mapping, field: str, **provided) -> Any:
+  """function(**provided, **section), after checking the section's names, types and choices.
+
+  What is provided and not asked for is left out; the section goes before what is provided. The
+  function's module may say CHOICES (field -> allowed names) and FIELDS (what its ** takes -> type).
+  """
+  module = inspect.getmodule(function)
+  signature = inspect.signature(function).parameters.values()
+  allowed = {**getattr(module, "FIELDS", {}),
+             **{p.name: p.annotation for p in signature if p.kind != p.VAR_KEYWORD}}
+  choices = getattr(module, "CHOICES", {})
+  section = section.to_dict() if isinstance(section, ConfigDict) else section
+  section = {name: tuple(v) if isinstance(v, list) else v for name, v in section.items()}
+  for name, value in section.items():
+    if name not in allowed:
+      raise ValueError(f"config.{field}.{name}: unknown field; " + nearest(name, sorted(allowed)))
+    if name in choices and value not in choices[name]:
+      raise ValueError(f"config.{field}.{name} = {value!r}: " + nearest(value, choices[name]))
+    _check_type(value, allowed[name], f"config.{field}.{name}")
+  provided = {name: v for name, v in provided.items() if name in allowed}
+  try:
+    return function(**{**provided, **section})
+  except TypeError as error:  # a required argument that nobody gave
+    raise ValueError(f"config.{field}: {error}") from error
+
+
+def steps(section: Mapping, name: str, batch_size: int, train_size: int,
+          default: int | None = None) -> int | None:
+  """A duration in steps, from the one of NAME_steps, NAME_epochs, NAME_examples that is given."""
+  given = {unit: section.get(f"{name}_{unit}") for unit in UNITS}
+  given = {unit: value for unit, value in given.items() if value is not None}
+  if len(given) > 1:
+    raise ValueError(f"give one of {', '.join(f'{name}_{unit}' for unit in given)}, not several")
+  if not given:
+    return default
+  (unit, value), = given.items()
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    raise ValueError(f"{name}_{unit} = {value!r}: expected a number of {unit}, at least 0")
+  examples = {"steps": batch_size, "epochs": train_size, "examples": 1}[unit]
+  return round(value * examples / batch_size)
+
+
+def in_steps(section: Mapping, names: tuple[str, ...], batch_size: int, train_size: int) -> dict:
+  """A section with each duration of `names` converted to NAME_steps."""
+  duration = {f"{name}_{unit}" for name in names for unit in UNITS}
+  rest = {key: value for key, value in section.items() if key not in duration}
+  converted = {f"{name}_steps": steps(section, name, batch_size, train_size) for name in names}
+  return {**rest, **{key: value for key, value in converted.items() if value is not None}}
+
+
+# --- Config files and overrides -------------------------------------------------------------------
+
+def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+  """`configs/mae.py:smoke` -> its ConfigDict, with "optimizer.lr" -> "1e-3" overrides applied."""
+  path, _, variant = name.partition(":")
+  path = Path(path if path.endswith(".py") else f"{path}.py")
+  if not path.is_file():
+    found = sorted(map(str, path.parent.glob("*.py")))
+    raise ValueError(f"--config={name}: no file {path}; " + nearest(path, found))
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if variant not in module.VARIANTS:
+    raise ValueError(f"--config={name}: {path} has no variant {variant!r}; "
+                     + nearest(variant, [v for v in module.VARIANTS if v]))
+  config = module.get_config(variant)
+  config.config_name = path.stem + (f":{variant}" if variant else "")
+  for key, text in (overrides or {}).items():
+    override(config, key, text)
+  return config
+
+
+def _parse(text: str) -> Any:
+  """A Python literal, or the text itself: `3`, `1e-3`, `(1, 2)`, `true`, `none`, `B/16`."""
+  word = {"true": True, "false": False, "none": None, "null": None}
+  if text.lower() in word:
+    return word[text.lower()]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def override(config: ConfigDict, key: str, text: str):
+  """Sets config.KEY. A duration replaces the same duration in another unit.
+
+  New names are allowed inside sections, whose functions check them; top-level names must exist.
+  """
+  *sections, leaf = key.split(".")
+  value, node = _parse(text), config
+  for i, section in enumerate(sections):
+    if section not in node:
+      if i == 0:
+        raise ValueError(f"config.{key}: unknown section; " + nearest(section, sorted(node)))
+      node[section] = ConfigDict()
+    node = node[section]
+    if not isinstance(node, ConfigDict):
+      raise ValueError(f"config.{key}: {section} is a value, not a section")
+  stem, _, unit = leaf.rpartition("_")
+  if unit in UNITS and stem:
+    for other in UNITS:
+      if f"{stem}_{other}" in node and other != unit:
+        del node[f"{stem}_{other}"]
+  elif not sections and leaf not in node:
+    raise ValueError(f"config.{key}: unknown field; " + nearest(leaf, sorted(node)))
+  old = node.get(leaf)
+  if isinstance(old, ConfigDict) and not isinstance(value, dict):
+    raise ValueError(f"config.{key} = {text}: it is a section; set config.{key}.FIELD")
+  if isinstance(old, str) and not isinstance(value, str) and value is not None:
+    value = text
+  if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if old is not None and value is not None and not sections and type(old) is not type(value):
+    raise ValueError(f"config.{key} = {text!r}: expected {type(old).__name__}")
+  with node.unlocked(), node.ignore_type():
+    node[leaf] = ConfigDict(value) if isinstance(value, dict) else value
+
+
+def plain(config) -> dict:
+  """A ConfigDict as JSON-ready plain values."""
+  return json.loads(json.dumps(config.to_dict() if isinstance(config, ConfigDict) else config))
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
+  """Lines `field: old -> new` where two plain configs differ."""
+  lines = []
+  for key in sorted({*old, *new}):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      lines += differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      lines.append(f"config.{prefix}{key}: {a!r} -> {b!r}")
+  return lines
+
+
+# --- From sections to functions -------------------------------------------------------------------
+
+def split_name(section: Mapping, field: str) -> tuple[str, dict]:
+  section = dict(section)
+  if not section.get("name"):
+    raise ValueError(f"config.{field}.name is missing")
+  return section.pop("name"), section
+
+
+def fill_from_data(config: ConfigDict, info) -> ConfigDict:
+  """Writes into the config what it leaves to the data: image size, channels, number of classes."""
+  config = ConfigDict(config.to_dict())
+  h, w, c = info.image_shape
+  if config.augment.get("image_size") is None:
+    if h is None:
+      raise ValueError("config.augment.image_size: the images differ in size, so say which to use")
+    config.augment.image_size = (h, w)
+  model = config.model
+  model.image_size = model.get("image_size") or config.augment.image_size
+  model.channels = model.get("channels") or c
+  if model.channels != c:
+    raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
+  model.num_classes = info.num_classes if model.get("num_classes") is None else model.num_classes
+  if 0 < model.num_classes < info.num_classes:
+    raise ValueError(f"config.model.num_classes = {model.num_classes}: the data has labels up to "
+                     f"{info.num_classes - 1}")
+  return config
+
+
+def make_augment(config: ConfigDict, cropped: bool = False):
+  """Device augmentation; `cropped` where the host has cropped training images already."""
+  return call(find_module("input_pipeline", "augment", "").make, config.augment, "augment",
+              cropped=cropped)
+
+
+def make_method(config: ConfigDict):
+  """The method, on its model, of a config that `fill_from_data` has completed."""
+  name, fields = split_name(config.model, "model")
+  make = find_module("models", name, "config.model.name").make
+  from_data = {key: fields.pop(key) for key in ("image_size", "channels", "num_classes")
+               if key in fields}
+  model = call(make, fields, "model", dtype=config.dtype, **from_data)
+  name, fields = split_name(config.method, "method")
+  make = find_module("methods", name, "config.method.name").make
+  return call(make, fields, "method", model=model)
+
+
+def make_data(config: ConfigDict, data_dir: str | None):
+  """The input pipeline; a random crop in config.augment is passed on, for sets that stream."""
+  crop = {key: config.augment[key] for key in ("image_size", "crop_area", "crop_ratio")
+          if config.augment.get(key) is not None}
+  return call(find_module("input_pipeline", "batches", "").make, config.data, "data",
+              data_dir=data_dir, seed=config.seed, **crop)
+
+
+def check_evals(evals: Mapping):
+  """Raises ValueError where an evaluator or one of its arguments does not exist."""
+  for label, section in evals.items():
+    module = find_module("evaluators", section.get("name", label), f"config.evals.{label}")
+    allowed = {*inspect.signature(module.evaluate).parameters, "name"} - {"context"}
+    for key in section:
+      if key not in allowed:
+        raise ValueError(f"config.evals.{label}.{key}: unknown field; "
+                         + nearest(key, sorted(allowed)))
+
+
+class Recipe(NamedTuple):
+  """Everything a run needs, made from its config and checked; nothing compiled yet."""
+
+  config: ConfigDict  # completed with what the data says
+  mesh: Any
+  data: Any  # input_pipeline.batches.Data
+  augment: Any  # input_pipeline.augment.Augment
+  method: Any  # methods.method.Method
+  tx: Any  # optax transformation
+  rate: Callable  # step -> learning rate
+  total: int  # steps
+  log_every: int  # steps
+  eval_every: int  # steps; 0: at the end only
+  checkpoint: Mapping  # arguments of `checkpoints.open_manager`, in steps
+
+
+def build(config: ConfigDict, data_dir: str | None = None) -> Recipe:
+  """Makes a run's parts. Whatever is wrong in a config is a ValueError here, before compiling."""
+  mesh = call(sharding.make_mesh, config.mesh, "mesh")
+  data = make_data(config, data_dir)
+  config = fill_from_data(config, data.info)
+  augment = make_augment(config, data.cropped)
+  method = make_method(config)
+  batch_size, train_size = config.data.batch_size, data.info.num_examples[data.train_split]
+  sharding.check_batch(batch_size, config.accumulate, mesh)
+  if not 0 <= config.ema_decay < 1:
+    raise ValueError(f"config.ema_decay = {config.ema_decay}: expected a number in [0, 1)")
+  total = steps(config, "total", batch_size, train_size)
+  if not total:
+    raise ValueError("config: give total_steps, total_epochs or total_examples, at least one step")
+  section = in_steps(config.schedule, ("warmup", "cooldown"), batch_size, train_size)
+  multiplier = call(schedule.make, section, "schedule", total_steps=total)
+  tx, rate = call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
+                  schedule=multiplier)
+  check_evals(config.evals)
+  return Recipe(config, mesh, data, augment, method, tx, rate, total,
+                max(1, steps(config, "log_every", batch_size, train_size, 50)),
+                steps(config, "eval_every", batch_size, train_size, 0),
+                in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size))

@@ -1,0 +1,99 @@
+"""Where arrays live: the mesh, one short table of rules on parameter paths, batches."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from trainer.optimizer import path_name
+
+# Tensor parallelism (1909.08053): heads of attention and hidden features of the MLP. A path that
+# ends with the pattern is split along that axis; optimizer state and EMA follow, having the paths.
+TENSOR_RULES: Mapping[str, int] = {
+  r"blocks/.*attention/qkv_kernel": -2,                                      # ... d 3 k h
+  r"blocks/.*attention/qkv_bias": -2,                                        # ... 3 k h
+  r"blocks/.*attention/out/kernel": -3,                                      # ... k h d
+  r"blocks/.*mlp/up/kernel": -1,                                             # ... d hidden
+  r"blocks/.*mlp/up/bias": -1,                                               # ... hidden
+  r"blocks/.*mlp/down/kernel": -2,                                           # ... hidden d
+}
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """A mesh with axes data, fsdp, tensor; one size may be -1 and takes the devices that are left.
+
+  Raises ValueError where the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  free = [name for name, size in sizes.items() if size == -1]
+  if len(free) > 1 or any(size < 1 for name, size in sizes.items() if name not in free):
+    raise ValueError(f"mesh = {sizes}: sizes are at least 1, and one of them may be -1")
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if free and len(devices) % known == 0:
+    sizes[free[0]] = len(devices) // known
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(f"mesh = {sizes}: the sizes must multiply to the {len(devices)} devices")
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, devices=devices)
+
+
+def leaf_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """How one array of the state is split.
+
+  `tensor` by TENSOR_RULES; then `fsdp` (1910.02054) along the longest axis left that it divides,
+  never the layer axis of a scanned stack. Raises ValueError where `tensor` does not divide.
+  """
+  spec = [None] * len(shape)
+  for pattern, axis in TENSOR_RULES.items():
+    if mesh.shape["tensor"] > 1 and re.search(pattern + "$", path) and len(shape) >= -axis:
+      if shape[axis] % mesh.shape["tensor"]:
+        raise ValueError(f"mesh.tensor = {mesh.shape['tensor']} does not divide axis {axis} of "
+                         f"{path}, shape {shape} (attention heads and MLP width must divide)")
+      spec[axis] = "tensor"
+  stacked = "blocks" in path.split("/")
+  axes = [i for i in range(int(stacked), len(shape))
+          if spec[i] is None and shape[i] % mesh.shape["fsdp"] == 0 and shape[i] > 1]
+  if mesh.shape["fsdp"] > 1 and axes:
+    spec[max(axes, key=lambda i: shape[i])] = "fsdp"
+  return PartitionSpec(*spec)
+
+
+def shard_state(state, mesh: Mesh):
+  """A tree of NamedShardings for a tree of arrays or shapes."""
+  return jax.tree.map_with_path(
+    lambda path, x: NamedSharding(mesh, leaf_spec(path_name(path), x.shape, mesh)), state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "data.batch_size"):
+  """Raises ValueError where a batch does not divide over accumulation and devices."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % (ways * accumulate):
+    raise ValueError(f"{field} = {batch_size} is not a multiple of {ways * accumulate}: mesh.data "
+                     f"({mesh.shape['data']}) x mesh.fsdp ({mesh.shape['fsdp']}) x accumulate "
+                     f"({accumulate})")
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+  """Which rows of a global batch this process holds."""
+  slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  rows = {i for (s,) in slices for i in range(*s.indices(batch_size))}
+  return np.array(sorted(rows))
+
+
+def to_device(batch, batch_size: int, mesh: Mesh):
+  """This process's rows of a batch (NumPy) -> global arrays on the mesh."""
+  sharding = batch_sharding(mesh)
+  return {name: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+          for name, x in batch.items()}

@@ -1,0 +1,111 @@
+"""The training state and one step on it: gradient, accumulation, optimizer, EMA."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class TrainState(NamedTuple):
+  """All that is carried from step to step, arrays only: this is the checkpoint."""
+
+  step: jax.Array  # int32 [], how many steps were taken
+  params: Any
+  opt: Any
+  extra: Any  # the method's own state
+  ema: Any  # running average of params for evaluation, or None
+
+
+def make_init(method, tx, evaluate_batch: Callable, spec, seed: int, with_ema: bool) -> Callable:
+  """() -> TrainState at step 0, to be jitted. `spec` is the shape of a training batch."""
+  def init():
+    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
+    params, extra = method.init(jax.random.fold_in(jax.random.key(seed), 0),
+                                evaluate_batch(batch))
+    ema = jax.tree.map(jnp.copy, params) if with_ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extra, ema)
+  return init
+
+
+def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int = 1,
+              ema_decay: float = 0.0) -> Callable:
+  """(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+  All randomness follows from (seed, step). With `accumulate` > 1 the gradient is averaged over so
+  many parts of the batch, one after another: each example's augmentation and draws stay what they
+  are in the whole batch.
+  """
+  root = jax.random.fold_in(jax.random.key(seed), 1)
+
+  def gradients(params, extra, batch, rng, step):
+    """((loss, (extra, metrics)), gradients) of one part."""
+    return jax.value_and_grad(method.loss, has_aux=True)(params, extra, batch, rng, step)
+
+  def accumulated(params, extra, batch, rng, step):
+    # Part j takes rows j, j + accumulate, ...: so each device keeps its own rows.
+    parts = jax.tree.map(
+      lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def one(carry, part):
+      extra, grads = carry
+      index, part = part
+      (loss, (extra, metrics)), new = gradients(params, extra, part,
+                                                jax.random.fold_in(rng, index), step)
+      return (extra, jax.tree.map(jnp.add, grads, new)), (loss, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (extra, grads), (loss, metrics) = jax.lax.scan(
+      one, (extra, zeros), (jnp.arange(accumulate), parts))
+    mean = jax.tree.map(lambda x: x.mean(0), (loss, metrics))
+    return (mean[0], (extra, mean[1])), jax.tree.map(lambda g: g / accumulate, grads)
+
+  def step(state: TrainState, batch):
+    augment_key, draw_key, loss_key = jax.random.split(jax.random.fold_in(root, state.step), 3)
+    batch = method.draw(draw_key, augment_batch(augment_key, batch))
+    run = gradients if accumulate == 1 else accumulated
+    (loss, (extra, metrics)), grads = run(state.params, state.extra, batch, loss_key, state.step)
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1 - ema_decay)
+    metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt, extra, ema), metrics
+
+  return step
+
+
+def count_flops(function: Callable, *args) -> int:
+  """FLOPs of the matrix products and convolutions in a function, from its jaxpr.
+
+  Multiply-adds count two. A scanned body counts as often as it runs, which the compiler's own
+  figure gets wrong. Rematerialisation does not count: trace the forward pass.
+  """
+  def visit(jaxpr, times):
+    total = 0
+    for eqn in jaxpr.eqns:
+      if eqn.primitive.name == "dot_general":
+        (contract, _), _ = eqn.params["dimension_numbers"]
+        total += 2 * eqn.outvars[0].aval.size * _product(eqn.invars[0].aval.shape, contract)
+      elif eqn.primitive.name == "conv_general_dilated":
+        kernel, spec = eqn.invars[1].aval, eqn.params["dimension_numbers"]
+        total += 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[spec.rhs_spec[0]]
+      inner = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+      for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+        if _is_jaxpr(value):
+          total += visit(getattr(value, "jaxpr", value), inner)
+    return total * times
+  return visit(jax.make_jaxpr(function)(*args).jaxpr, 1)
+
+
+def _is_jaxpr(value) -> bool:
+  return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def _product(shape, axes) -> int:
+  result = 1
+  for axis in axes:
+    result *= shape[axis]
+  return result
