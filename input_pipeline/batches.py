@@ -208,7 +208,7 @@ def centre_box(size: tuple[int, int], margin: float, height: int,
   """The crop (top, left, height, width) that resizing and then centre-cropping to `size` keeps.
 
   Resized so that `size` times `margin` is just covered, sides rounded to whole pixels; then the
-  centre is cut out. Scaling this box to `size` gives the same pixels without the rest.
+  centre is cut out. Scaling this box to `size` gives the same pixels, to rounding, and no others.
   """
   scale = margin * max(size[0] / height, size[1] / width)
   h, w = round(height * scale), round(width * scale)

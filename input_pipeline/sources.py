@@ -66,7 +66,7 @@ def open_source(source: str, data_dir: str | None = None) -> Source:
     return _open_tfds(_tfds_builder(rest, data_dir))
   if scheme == "folder" and rest:
     return _open_folder(Path(rest).expanduser())
-  if Path(source).expanduser().is_dir():
+  if source and Path(source).expanduser().is_dir():
     raise ValueError(f"data.source={source!r} is a folder: write 'folder:{source}' for a folder of "
                      f"images, 'tfds:{source}' for a prepared TFDS set")
   hint = nearest(source.split("/")[0] if ":" not in source else scheme + ":",
@@ -93,7 +93,7 @@ def decode(record: Mapping[str, Any], channels: int, size: tuple[int, int] | Non
       full_w, full_h = image.size
       top, left, height, width = box(full_h, full_w) if box else (0, 0, full_h, full_w)
       if size:  # JPEG at 1/2, 1/4 or 1/8, while the box stays at least as large as `size`
-        image.draft(None, (-(-full_w * size[1] // width), -(-full_h * size[0] // height)))
+        drafted = image.draft(None, (-(-full_w * size[1] // width), -(-full_h * size[0] // height)))
       if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
       if channels < 4 and image.has_transparency_data:
@@ -101,9 +101,9 @@ def decode(record: Mapping[str, Any], channels: int, size: tuple[int, int] | Non
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
       image = image.convert(MODES[channels])
       if size:
-        x, y = image.width / full_w, image.height / full_h  # below 1 after a draft
-        image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=(
-          left * x, top * y, (left + width) * x, (top + height) * y))
+        scale = drafted[1][2] / full_w if drafted else 1  # exact; the sides are rounded up
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=tuple(
+          side * scale for side in (left, top, left + width, top + height)))
       return np.asarray(image).reshape(image.height, image.width, channels)
   except Exception as e:
     raise ValueError(f"cannot decode the image {record['name']}: {e}") from e

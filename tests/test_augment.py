@@ -135,7 +135,7 @@ def test_warp_is_pillows_inside_and_numpys_everywhere(move):
   want = per_plane(image, lambda x: x.transform((w, h), Image.AFFINE, data, Image.BILINEAR))
   y, x = np.mgrid[:h, :w]
   u, v, _ = np.einsum("ij,jhw->ihw", matrix, [x - (w - 1) / 2, y - (h - 1) / 2, np.ones((h, w))])
-  inside = (np.abs(u) < (w - 1) / 2) & (np.abs(v) < (h - 1) / 2)  # beyond, Pillow has no fill to blend
+  inside = (np.abs(u) < (w - 1) / 2) & (np.abs(v) < (h - 1) / 2)  # beyond, Pillow blends no fill
   assert inside.mean() > 0.3
   np.testing.assert_allclose(np.asarray(got)[inside], want[inside], atol=5e-5)
   edge = augment.warp(to_float(np.full_like(image, 90)), jnp.float32(matrix))
@@ -216,12 +216,12 @@ def test_jitter_draws_each_factor_from_its_range_in_any_order():
   np.testing.assert_allclose(hsv[:, 1:], np.broadcast_to(start[1:], (300, 2)), atol=1e-4)
   turn = (hsv[:, 0] - start[0] + 0.5) % 1 - 0.5
   assert -0.1001 <= turn.min() < -0.09 and 0.09 < turn.max() <= 0.1001
-  # Two pixels, 0 and 0.4, brightness f then contrast g: the mean is 0.2 f, so their mean stays 0.2 f
-  # unless something clips; a mean other than that of the first alone shows nothing. Saturation and
-  # contrast do not commute with clipping: the pixel 0 rises only if contrast g < 1.
-  pixels = jnp.array([0.0, 0.4]).reshape(1, 2, 1)
+  # Pixels 0 and 1, contrast below 1 (so 0 rises), brightness above 1: applied first, the brightness
+  # is lost in clipping and the sum stays 1; applied last it lifts the sum. A quarter of draws each.
+  pixels = jnp.array([0.0, 1.0]).reshape(1, 2, 1)
   out = np.asarray(jitter(keys, pixels, (0.5, 0.5, 0.0, 0.0)))[:, 0, :, 0]
-  assert (out[out[:, 0] > 1e-6].mean(1) < 0.301).all() and (out[:, 0] > 1e-6).mean() > 0.3
+  total = out[out[:, 0] > 1e-4].sum(1)
+  assert 0.12 < (np.abs(total - 1) < 1e-5).mean() < 0.38 and 0.12 < (total > 1.0001).mean() < 0.38
 
 
 def test_one_of_three_draws_all_three_equally():
@@ -277,7 +277,7 @@ def test_rand_augment_draws_each_of_sixteen_operations():
 def test_rand_augment_composes_the_moves_of_its_layers():
   image = to_float(photo(21, 21))
   moves = dict(angle=np.pi / 6, shear_x=0.3, shear_y=0.3)
-  moves = [numpy_move(**{name: sign * amount}) for sign in (1, -1) for name, amount in moves.items()]
+  moves = [numpy_move(**{name: sign * x}) for sign in (1, -1) for name, x in moves.items()]
   out = np.asarray(jax.vmap(augment.rand_augment, (0, None, None, None, None))(
       jax.random.split(jax.random.key(3), 160), image, 2, 10, jnp.zeros((1, 1, 1))))
   products = [numpy_warp(np.asarray(image), a @ b, 0.0) for a in moves for b in moves]
@@ -350,18 +350,23 @@ def test_everything_at_once_on_any_channels(channels):
   assert np.asarray(out["image"]).std((1, 2, 3)).min() > 0.05
 
 
-def test_eight_devices_as_one_in_one_trace():
+@pytest.mark.parametrize("off, share", [
+    (dict(randaugment=None, three_augment=False), 0.0), ({}, 0.01)])
+def test_eight_devices_as_one_in_one_trace(off, share):
   batch = batch_of(16)
   sharding = jax.sharding.NamedSharding(
       jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
       jax.sharding.PartitionSpec("data"))
-  recipe = augment.make(**EVERYTHING)
+  recipe = augment.make(**EVERYTHING | off)
+  chex.clear_trace_counter()  # it counts by name: another recipe's `train` is the same to it
   train = jax.jit(chex.assert_max_traces(recipe.train, 2))  # one a sharding
   for seed in (0, 1, 2):
     one = train(jax.random.key(seed), jax.device_put(batch, jax.devices()[0]))
     eight = train(jax.random.key(seed), jax.device_put(batch, sharding))
-    # Sums in another order differ by 1e-6, which autocontrast and 1 / std stretch.
-    chex.assert_trees_all_close(one, eight, atol=1e-5)
+    # Sums in another order differ by 1e-6; where it quantises, a pixel may so fall one level apart.
+    apart = np.abs(np.asarray(one.pop("image")) - np.asarray(eight["image"]))
+    assert (apart > 5e-6).mean() <= share and apart.max() < 0.1
+    chex.assert_trees_all_close(one, {name: eight[name] for name in one}, atol=1e-6)
   assert eight["image"].sharding.num_devices == 8
 
 

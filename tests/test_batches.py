@@ -1,0 +1,237 @@
+import functools
+import io
+import math
+import sys
+import threading
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline import batches, sources
+
+N = 23
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """`uniform`, PNGs of 8 x 6 whose every pixel is the example's number; `mixed`, JPEGs."""
+  root = tmp_path_factory.mktemp("images")
+  rng = np.random.default_rng(0)
+  for i in range(N):
+    for split in ("train", "test"):
+      flat = root / "uniform" / split / f"c{i % 3}" / f"{i:02}.png"
+      flat.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(np.full((8, 6, 3), i, np.uint8)).save(flat)
+      mixed = root / "mixed" / split / f"c{i % 3}" / f"{i:02}.jpg"
+      mixed.parent.mkdir(parents=True, exist_ok=True)
+      small = rng.integers(0, 256, (4, 4, 3), np.uint8)
+      Image.fromarray(small).resize((50 + i, 90 - i), Image.Resampling.BICUBIC).save(mixed)
+  return root
+
+
+def uniform(folders, **options):
+  return batches.make(f"folder:{folders}/uniform", **{"batch_size": 5, **options})
+
+
+def mixed(folders, **options):
+  return batches.make(f"folder:{folders}/mixed", **{
+    "batch_size": 5, "image_size": (16, 12), "crop_area": (0.2, 1.0), **options})
+
+
+def numbers(batch):
+  return batch["image"][:, 0, 0, 0].astype(int).tolist()
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_every_epoch_holds_every_example_once_in_its_own_order(folders, cache_bytes):
+  data = uniform(folders, cache_bytes=cache_bytes)
+  stream = sum((numbers(b) for b in data.train(0, N)), [])  # five epochs, across borders
+  epochs = np.reshape(stream, (5, N))
+  np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(N), (5, 1)))
+  assert len({tuple(epoch) for epoch in epochs}) == 5
+  assert stream != sum((numbers(b) for b in uniform(folders, seed=1).train(0, N)), [])
+  assert stream[10:15] == numbers(next(data.train(2, 3)))
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_labels_belong_to_their_images(folders, cache_bytes):
+  for batch in uniform(folders, cache_bytes=cache_bytes).train(0, 9):
+    assert [i % 3 for i in numbers(batch)] == batch["label"].tolist()
+    chex.assert_shape(batch["image"], (5, 8, 6, 3))
+    assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
+
+
+@pytest.mark.parametrize("make", [uniform, mixed])
+@pytest.mark.parametrize("readers", [2, 4])
+def test_readers_share_the_global_batch(folders, make, readers):
+  data = make(folders, batch_size=8)
+  whole = list(data.train(1, 7))
+  for parts in ([slice(r * 8 // readers, (r + 1) * 8 // readers) for r in range(readers)],
+                [np.arange(8)[r::readers] for r in range(readers)]):
+    for rows in parts:
+      for full, part in zip(whole, data.train(1, 7, rows), strict=True):
+        chex.assert_trees_all_equal({k: v[rows] for k, v in full.items()}, part)
+
+
+@pytest.mark.parametrize("make", [uniform, mixed])
+def test_a_batch_does_not_depend_on_where_reading_began(folders, make):
+  data = make(folders)
+  whole = list(data.train(0, 12))
+  for start in (1, 4, 11):
+    chex.assert_trees_all_equal(whole[start:], list(data.train(start, 12)))
+  assert list(data.train(3, 3)) == []
+  assert len({batch["image"].tobytes() for batch in whole}) == 12
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(folders, workers):
+  chex.assert_trees_all_equal(list(mixed(folders).train(3, 9)),
+                              list(mixed(folders, workers=workers).train(3, 9)))
+
+
+@pytest.mark.parametrize("make, shape", [(uniform, (8, 6, 3)), (mixed, (16, 12, 3))])
+def test_spec_is_that_of_the_batches(folders, make, shape):
+  data = make(folders)
+  assert data.cropped == (make is mixed)
+  assert data.spec["image"].shape == (5, *shape)
+  for key, value in next(data.train(0, 1)).items():
+    assert data.spec[key] == jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+@pytest.mark.parametrize("readers", [1, 2])
+def test_eval_reads_every_example_once_and_marks_padding(folders, cache_bytes, readers):
+  data = uniform(folders, cache_bytes=cache_bytes)
+  for split in (None, "train"):
+    parts = [list(data.eval(split, 8, slice(r * 8 // readers, (r + 1) * 8 // readers)))
+             for r in range(readers)]
+    assert all(len(part) == 3 for part in parts)
+    seen = [i for step in zip(*parts) for batch in step
+            for i, valid in zip(numbers(batch), batch["valid"], strict=True) if valid]
+    assert seen == sorted(range(N), key=lambda i: (i % 3, i))  # as the files sort
+    chex.assert_shape(parts[0][-1]["image"], (8 // readers, 8, 6, 3))
+
+
+@pytest.mark.parametrize("crop_area, margin", [((0.2, 1.0), 256 / 224), (None, 1)])
+def test_streamed_eval_images_are_resized_then_cropped(folders, crop_area, margin):
+  data = mixed(folders, crop_area=crop_area)
+  images = np.concatenate([b["image"][b["valid"]] for b in data.eval("test", 5)])
+  files = sorted((folders / "mixed/test").rglob("*.jpg"))
+  errors = []
+  for image, file in zip(images, files, strict=True):
+    whole = Image.open(file)
+    scale = margin * max(16 / whole.height, 12 / whole.width)
+    w, h = round(whole.width * scale), round(whole.height * scale)
+    left, top = round((w - 12) / 2), round((h - 16) / 2)
+    expected = whole.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + 12, top + 16))
+    # Here a JPEG is decoded at a fraction of its size, in the expectation at its own.
+    errors.append(np.abs(image - np.asarray(expected, np.float64)).mean())
+  assert max(errors) < 4, errors
+
+
+def test_centre_box_is_resize_then_crop_to_the_pixel():
+  array = np.random.default_rng(0).integers(64, 192, (75, 50, 3), np.uint8)  # nothing saturates
+  file = io.BytesIO()
+  Image.fromarray(array).save(file, "png")
+  image = sources.decode({"image": file.getvalue(), "name": ""}, 3, (28, 28),
+                 functools.partial(batches.centre_box, (28, 28), 256 / 224))
+  resized = np.asarray(Image.fromarray(array).resize((32, 48), Image.Resampling.BICUBIC))
+  np.testing.assert_allclose(image, resized[10:38, 2:30], atol=1)
+
+
+def test_training_without_crop_area_is_the_centre(folders):
+  data = mixed(folders, crop_area=None)
+  images = {b["image"][i].tobytes() for b in data.train(0, 12) for i in range(5)}
+  assert images == {i.tobytes() for b in data.eval("train", 5) for i in b["image"]}
+
+
+def test_random_boxes_have_the_area_and_ratio_asked_for():
+  area, ratio, h, w = (0.1, 0.5), (1 / 2, 2.0), 600, 600
+  boxes = np.array([batches.random_box(np.random.default_rng(i), area, ratio, h, w)
+                    for i in range(2000)], np.float64)
+  top, left, bh, bw = boxes.T
+  assert (top >= 0).all() and (top + bh <= h).all() and (left >= 0).all() and (left + bw <= w).all()
+  share, aspect = bh * bw / (h * w), np.log(bw / bh) / math.log(2)
+  # Nearly every first draw fits in a square at these areas: uniform, and log-uniform.
+  np.testing.assert_allclose(np.quantile(share, [0, 0.5, 1]), [0.1, 0.3, 0.5], atol=0.02)
+  np.testing.assert_allclose(np.quantile(aspect, [0.25, 0.5, 0.75]), [-0.5, 0, 0.5], atol=0.06)
+  free = bh < 400
+  np.testing.assert_allclose((top / (h - bh))[free].mean(), 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("shape, expected", [
+  ((100, 1000), (0, 433, 100, 133)), ((1000, 100), (433, 0, 133, 100)),
+  ((90, 100), (0, 0, 90, 100))])
+def test_when_no_box_fits_the_largest_allowed_is_centred(shape, expected):
+  rng = np.random.default_rng(0)
+  assert batches.random_box(rng, (4.0, 4.0), (3 / 4, 4 / 3), *shape) == expected
+
+
+@pytest.mark.parametrize("options, match", [
+  ({"batch_size": 0}, "data.batch_size=0"), ({"batch_size": 24}, "=24 is larger than the 23"),
+  ({"batch_size": 2.0}, "data.batch_size=2.0"), ({"workers": -1}, "data.workers=-1"),
+  ({"train_split": "trian"}, "data.train_split='trian'.*did you mean 'train'"),
+  ({"eval_split": "tset"}, "data.eval_split='tset'.*did you mean 'test'"),
+  ({"prefetch_batches": 0}, "data.prefetch_batches=0")])
+def test_bad_fields_are_named(folders, options, match):
+  with pytest.raises(ValueError, match=match):
+    uniform(folders, **options)
+
+
+def test_eval_names_an_unknown_split(folders):
+  with pytest.raises(ValueError, match="split='tets'.*did you mean 'test'"):
+    uniform(folders).eval("tets", 4)
+
+
+def test_several_sizes_need_an_image_size(folders):
+  with pytest.raises(ValueError, match="augment.image_size=None"):
+    mixed(folders, image_size=None)
+
+
+@pytest.mark.parametrize("options", [
+  {"cache_bytes": 2**30}, {"cache_bytes": 0}, {"cache_bytes": 0, "workers": 1}])
+def test_an_undecodable_file_is_named(tmp_path, options):
+  for i in range(4):
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(
+      tmp_path / f"{i}.png")
+  bad = tmp_path / "2.png"
+  bad.write_bytes(bad.read_bytes()[:1500])  # the header is whole, the pixels are not
+  data = batches.make(f"folder:{tmp_path}", batch_size=4, **options)
+  with pytest.raises(ValueError, match="cannot decode the image .*2.png"):
+    list(data.train(0, 1))
+
+
+def test_glyphs_from_memory_are_glyphs_from_disk(tmp_path):
+  make = functools.partial(batches.make, "glyphs/digits_16", data_dir=str(tmp_path), batch_size=50)
+  cached, streamed = make(), make(cache_bytes=0)
+  assert cached.info.image_shape == (16, 16, 1) and cached.info.num_classes == 10
+  assert (cached.cropped, streamed.cropped) == (False, True)
+  chex.assert_trees_all_equal(list(cached.train(7, 10)), list(streamed.train(7, 10)))
+  chex.assert_trees_all_equal(list(cached.eval()), list(streamed.eval()))
+  assert sum(b["valid"].sum() for b in cached.eval("test", 64)) == 100
+  assert "tensorflow" not in sys.modules
+
+
+def test_prefetch_runs_ahead_passes_errors_on_and_ends():
+  made = []
+
+  def items():
+    for i in range(6):
+      made.append(i)
+      yield i
+    raise KeyError("at the end")
+
+  before = threading.active_count()
+  stream = batches.prefetch(items(), 2)
+  assert next(stream) == 0
+  stream.close()  # waits for what was under way
+  assert made == [0, 1, 2]
+  seen = []
+  with pytest.raises(KeyError, match="at the end"):
+    for item in batches.prefetch(items(), 3):
+      seen.append(item)
+  assert seen == list(range(6))
+  assert threading.active_count() == before
