@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import chex
 import numpy as np
@@ -30,6 +31,7 @@ def noise(*shape, seed=0):
 class Pairs(tfds.core.GeneratorBasedBuilder):
   """Three images with the captions of each under coco's name and form."""
   VERSION = tfds.core.Version("1.0.0")
+  pkg_dir_path = Path(__file__).parent  # TFDS's own guess needs a package before Python 3.12
 
   def _info(self):
     return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
