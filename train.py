@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from trainer import environment
+
 
 def parse_overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[str, str]:
   """["--config.a.b=1", "--config.c", "2"] -> {"a.b": "1", "c": "2"}."""
@@ -33,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, parser)
 
-  from trainer import environment
   environment.prepare()
   from trainer import loop, recipe
   try:
@@ -51,4 +52,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  environment.use_huge_pages()
   sys.exit(main())

@@ -12,9 +12,55 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x, scale, bias, epsilon: float):
+  """(x - mean) / sqrt(var + epsilon) * scale + bias over the last axis (1607.06450 eq. 3).
+
+  The variance is of centred values (the fast form loses half its digits in float32). The gradient
+  is by hand: XLA's own makes several more passes over x, which is a tenth of a step on a CPU.
+  """
+  return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+  last = (1,) * (x.ndim - 1) + (-1,)
+  x32 = x.astype(jnp.float32)
+  mean = x32.mean(-1, keepdims=True)
+  centred = x32 - mean
+  rstd = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+  y = centred * rstd * scale.reshape(last) + bias.reshape(last)
+  return y.astype(x.dtype), (x, mean, rstd, scale)
+
+
+def _layer_norm_backward(epsilon, residuals, g):
+  x, mean, rstd, scale = residuals
+  last, others = (1,) * (x.ndim - 1) + (-1,), tuple(range(x.ndim - 1))
+  normal, g = (x.astype(jnp.float32) - mean) * rstd, g.astype(jnp.float32)
+  inner = g * scale.reshape(last)
+  projected = (inner * normal).mean(-1, keepdims=True)
+  dx = (inner - inner.mean(-1, keepdims=True) - normal * projected) * rstd
+  return dx.astype(x.dtype), (g * normal).sum(others), g.sum(others)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+  """`layer_norm` with learned scale and bias; statistics in float32."""
+
+  epsilon: float = 1e-6
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
+
+
 NORMS: Mapping[str, Callable[..., nn.Module]] = {
-  # The variance is computed from centred values: the fast form loses half its digits in float32.
-  "layernorm": functools.partial(nn.LayerNorm, use_fast_variance=False),
+  "layernorm": LayerNorm,
   "rmsnorm": functools.partial(nn.RMSNorm, use_fast_variance=False),
 }
 
