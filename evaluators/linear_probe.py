@@ -52,8 +52,8 @@ def fit(params, x, labels, weights, l2, max_iters, tolerance):
   return params, gradient_norm(opt)
 
 
-def evaluate(context, features="features", l2=(1.0, 1e-1, 1e-2, 1e-3, 1e-4), max_iters=200,
-             tolerance=1e-5, holdout=0.1, baselines=(), limit=None):
+def evaluate(context, features="features", l2=(1.0, 1e-1, 1e-2, 1e-3, 1e-4), max_iters=100,
+             tolerance=1e-4, holdout=0.1, baselines=(), limit=None):
   """Top-1 and top-5 on the evaluation split of a linear classifier fitted to the training split.
 
   Features are standardised by the training split. `l2` is chosen by top-1 on a held-out share of

@@ -42,7 +42,8 @@ class Data(NamedTuple):
 def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int = 0,
          image_size: int | tuple[int, int] | None = None, train_split: str = "train",
          eval_split: str | None = None, cache_bytes: int = 2**30, workers: int = 0,
-         prefetch_batches: int = 2, crop_area: tuple[float, float] | None = None,
+         prefetch_batches: int = 2, repeats: int = 1,
+         crop_area: tuple[float, float] | None = None,
          crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Data:
   """Makes the batches of a source.
 
@@ -58,6 +59,7 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     eval_split: what `eval` reads if it is asked for no split; None = test, val or validation.
     cache_bytes: for the decoded images of one split; 0 = always stream.
     workers: processes that decode when streaming; 0 = threads of this process.
+    repeats: times that an example is drawn in a row, augmented anew (1901.09335).
     prefetch_batches: batches (when streaming: of each worker) made ahead.
     crop_area, crop_ratio: see `random_box`.
 
@@ -76,6 +78,7 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     raise ValueError(f"data.batch_size={batch_size} is larger than the {n} examples of split "
                      f"{train_split!r}")
   _check_least("data.workers", workers, 0)
+  _check_least("data.repeats", repeats, 1)
   _check_least("data.prefetch_batches", prefetch_batches, 1)
   height, width, channels = info.image_shape
   native = None if height is None or width is None else (height, width)
@@ -128,7 +131,7 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
                                  crop_ratio)
       return centre
     return read(train_split, range(start, stop), batch_size, rows,
-                functools.partial(shuffled, n=n, seed=seed), box_of, False)
+                lambda position: shuffled(position // repeats, n=n, seed=seed), box_of, False)
 
   centre = None if native == size else functools.partial(centre_box, size, margin)
 

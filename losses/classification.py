@@ -5,16 +5,20 @@ import jax.numpy as jnp
 import optax
 
 
-def targets(label, num_classes: int, smoothing: float = 0.0, label_mix=None, mix=None):
+def targets(label, num_classes: int, smoothing: float = 0.0, label_mix=None, mix=None,
+            multi_label: bool = False):
   """Soft targets [b, classes] in float32: (1 - s) one_hot + s / classes (1512.00567 sec. 7).
 
   With `label_mix` [b] and `mix` [b], the weight of `label`, the mixture of both labels' targets
-  (mixup 1710.09412 eq. 1, CutMix 1905.04899 eq. 1).
+  (mixup 1710.09412 eq. 1, CutMix 1905.04899 eq. 1); with `multi_label` both are wholly true, as
+  DeiT III trains with binary cross-entropy.
   """
   one_hot = jax.nn.one_hot(label, num_classes)
   if label_mix is not None:
     weight = mix[:, None]
     one_hot = weight * one_hot + (1 - weight) * jax.nn.one_hot(label_mix, num_classes)
+  if multi_label:
+    one_hot = (one_hot > 0).astype(jnp.float32)
   return optax.smooth_labels(one_hot, smoothing)
 
 

@@ -9,13 +9,15 @@ from methods.method import Method
 CHOICES = {"loss": classification.LOSSES}
 
 
-def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0) -> Method:
+def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0,
+         multi_label: bool = False) -> Method:
   """A classifier [b, h, w, c] -> [b, classes] learns labels.
 
   Args:
     model: `__call__(image, train=..., return_weights=...) -> (logits, out)` as `models.vit.ViT`.
     loss: a name in `losses.classification.LOSSES`.
     label_smoothing: in [0, 1).
+    multi_label: whether both labels of a mixed image count as wholly true (DeiT III).
   """
   if not model.num_classes:
     raise ValueError("method supervised needs labels: the data has none, and model.num_classes is 0")
@@ -30,7 +32,7 @@ def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0) -> Metho
     logits, _ = model.apply({"params": params}, batch["image"], train=True,
                             rngs={"dropout": dropout, "drop_path": drop_path})
     targets = classification.targets(batch["label"], model.num_classes, label_smoothing,
-                                     batch.get("label_mix"), batch.get("mix"))
+                                     batch.get("label_mix"), batch.get("mix"), multi_label)
     value = classification.LOSSES[loss](logits, targets).mean()
     hit = classification.topk_correct(logits, batch["label"], 1)
     return value, (extra, {"top1": hit.astype(jnp.float32).mean()})

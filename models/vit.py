@@ -4,7 +4,6 @@ import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 

@@ -27,10 +27,15 @@ def open_manager(workdir, *, every_steps: int | None = None, keep: int | None = 
     keep: how many of the newest stay (None: all).
     keep_every_steps: checkpoints at multiples of this stay for ever.
   """
+  def is_due(step, latest=None):
+    return bool(every_steps) and step % every_steps == 0
+
   options = ocp.CheckpointManagerOptions(
-    save_interval_steps=every_steps or 2**31, max_to_keep=keep, keep_period=keep_every_steps,
+    should_save_fn=None if read_only else is_due, max_to_keep=keep, keep_period=keep_every_steps,
     read_only=read_only, create=not read_only)
-  return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+  return ocp.CheckpointManager(
+    Path(workdir).absolute() / "checkpoints", options=options,
+    item_handlers={name: ocp.StandardCheckpointHandler() for name in ITEMS})
 
 
 def _items(state: TrainState) -> dict:

@@ -20,8 +20,9 @@ def use_huge_pages():
 def prepare():
   """Compiled programs are kept between runs; the console is left to the run's own lines."""
   import jax
-  cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrine" / "xla"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes before
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrine" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   for name in ("absl", "orbax", "jax._src.compilation_cache"):
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -110,3 +110,19 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
     return metrics
 
   return evaluate
+
+
+def evaluate_run(run, recipe, workdir) -> dict[str, float]:
+  """All evaluations of a loaded run, baselines included, on all devices there are."""
+  def spread(params, extra):
+    return jax.device_put((params, extra), sharding.shard_state((params, extra), recipe.mesh))
+
+  trained = spread(run.params, run.extra)
+
+  def untrained():
+    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), recipe.data.spec)
+    key = jax.random.fold_in(jax.random.key(recipe.config.seed), 0)
+    return spread(*jax.jit(lambda: recipe.method.init(key, recipe.augment.eval(batch)))())
+
+  weights = {"trained": lambda: trained, "untrained": untrained}
+  return make_evaluate(recipe, workdir, weights)(run.step, True)

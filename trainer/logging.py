@@ -40,6 +40,7 @@ class Reporter:
     self.console = Console(quiet=not writes, highlight=False, soft_wrap=True)
     self.live = self.jsonl = self.tensorboard = self.wandb = None
     self.last_eval, self.clock, self.clock_step = "", time.monotonic(), start
+    self.evaluations = {}  # step -> metrics
     if not writes:
       return
     workdir = Path(workdir)
@@ -51,6 +52,9 @@ class Reporter:
                                            project="vitrine", name=workdir.name)
     # A continued run repeats the steps after its checkpoint: their earlier lines go.
     kept = [row for row in read_metrics(workdir) if row["step"] <= start]
+    self.evaluations = {row["step"]: {name.removeprefix("eval/"): value for name, value
+                                      in row.items() if name.startswith("eval/")}
+                        for row in kept if any(name.startswith("eval/") for name in row)}
     path = workdir / "metrics.jsonl"
     partial = path.with_suffix(".tmp")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -100,6 +104,7 @@ class Reporter:
       self.print(line, markup=False)
 
   def evaluation(self, step: int, metrics: Mapping[str, float]):
+    self.evaluations[step] = metrics
     self.write(step, {f"eval/{name}": value for name, value in metrics.items()})
     heads = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith("/top1")
              and name.count("/") == 1]

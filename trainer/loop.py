@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from trainer import checkpoints, evaluation, recipe as recipes, sharding
+from trainer import checkpoints, evaluation, sharding
+from trainer import recipe as recipes
 from trainer.logging import Reporter, duration, print_evaluations
 from trainer.state import count_flops, make_init, make_step
 
@@ -93,7 +94,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   Returns the final evaluation's metrics.
 
   Raises:
-    TrainingError: the workdir holds another run, a record cannot be read, or the loss is not finite.
+    TrainingError: the workdir holds another run, a record cannot be read, the loss is not finite.
   """
   began, workdir = time.monotonic(), Path(workdir)
   config, mesh, method = recipe.config, recipe.mesh, recipe.method
@@ -122,7 +123,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
                     writes=jax.process_index() == 0, wandb=config.wandb,
                     config=recipes.plain(config))
   report.facts(describe(recipe, abstract, start, workdir))
-  spent = dict.fromkeys(("compilation", "input wait", "evaluation", "checkpoints"), 0.0)
+  spent = dict.fromkeys(("start", "compilation", "input wait", "evaluation", "checkpoints"), 0.0)
   unchecked, last_finite = [], "none"
 
   def timed(name, function, *args):
@@ -142,7 +143,8 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
     nonlocal last_finite
     while unchecked and unchecked[0][0] <= step:
       at, metrics = unchecked.pop(0)
-      metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+      metrics = {name: float(x) for name, x in sorted(jax.device_get(metrics).items(),
+                                                      key=lambda item: item[0] != "loss")}
       text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
       if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
         manager.wait_until_finished()
@@ -155,7 +157,16 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   def log(step):
     report.train(step, {**fetch(step), "train/lr": float(recipe.rate(step - 1))})
 
+  def evaluate_if_due(step):
+    final = step == recipe.total
+    due = final or (bool(recipe.eval_every) and step > 0 and step % recipe.eval_every == 0)
+    if due and step not in report.evaluations:  # a continued run may have it
+      report.evaluation(step, timed("evaluation", evaluate, step, final))
+      report.restart_clock(step)
+
+  spent["start"] = time.monotonic() - began
   try:
+    evaluate_if_due(start)
     to_log = None
     for step in range(start + 1, recipe.total + 1):
       batch = timed("input wait", next_batch)
@@ -171,22 +182,16 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
         log(to_log)
       last = step == recipe.total
       to_log = step if step % recipe.log_every == 0 or last else None
-      save = manager.should_save(step) or last
-      evaluates = bool(recipe.eval_every) and step % recipe.eval_every == 0 and not last
-      if save or evaluates:
+      if manager.should_save(step) or last:
         if to_log:
           log(to_log)
-          to_log = None
-        if save:
-          if unchecked:
-            fetch(step)  # what is saved is finite
-          timed("checkpoints", checkpoints.save, manager, state, step)
-        if evaluates:
-          report.evaluation(step, timed("evaluation", evaluate, step, False))
+        elif unchecked:
+          fetch(step)  # what is saved is finite
+        to_log = None
+        timed("checkpoints", checkpoints.save, manager, state, step)
         report.restart_clock(step)
+      evaluate_if_due(step)
     timed("checkpoints", manager.wait_until_finished)
-    final = timed("evaluation", evaluate, recipe.total, True)
-    report.evaluation(recipe.total, final)
   finally:
     batches.close()
     manager.close()
@@ -194,7 +199,8 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
 
   # --- What a person wants to know at the end -----------------------------------------------------
   wall = time.monotonic() - began
-  spent["steps"] = wall - sum(spent.values())
+  spent["steps and logging"] = wall - sum(spent.values())
+  final = report.evaluations[recipe.total]
   print_evaluations(final, report.console)
   report.facts({
     "wall time": duration(wall) + ": " + ", ".join(

@@ -95,7 +95,7 @@ def _lion(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.9
 
 
 def _adafactor(learning_rate, weight_decay, mask, *, decay_rate: float = 0.8,
-               momentum: float | None = 0.9, clipping_threshold: float = 1.0):
+               momentum: float = 0.9, clipping_threshold: float = 1.0):
   """Adafactor as 2106.04560 sec. 3.4 trains with: no parameter scale, a first moment."""
   return optax.chain(optax.scale_by_factored_rms(decay_rate=decay_rate),
                      optax.clip_by_block_rms(clipping_threshold),

@@ -38,13 +38,17 @@ def find_module(folder: str, name: str, field: str):
   return importlib.import_module(f"{folder}.{name}")
 
 
+def _simple_types(hint) -> tuple:
+  """(int, None) for `int | None`; () for an annotation that is not made of simple types."""
+  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  simple = (bool, int, float, str, types.NoneType)
+  return options if all(option in simple for option in options) else ()
+
+
 def _check_type(value, hint, field: str):
   """Raises ValueError unless a value is of a (simple) annotated type; int counts as float."""
-  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  if not all(o in (bool, int, float, str, types.NoneType) for o in options):
-    return
-  fits = (type(value) in options or (type(value) is int and float in options))
-  if not fits:
+  options = _simple_types(hint)
+  if options and type(value) not in options and not (type(value) is int and float in options):
     names = " or ".join("None" if o is types.NoneType else o.__name__ for o in options)
     raise ValueError(f"{field} = {value!r}: expected {names}")
 
@@ -52,8 +56,9 @@ def _check_type(value, hint, field: str):
 def call(function: Callable, section: Mapping, field: str, **provided) -> Any:
   """function(**provided, **section), after checking the section's names, types and choices.
 
-  What is provided and not asked for is left out; the section goes before what is provided. The
-  function's module may say CHOICES (field -> allowed names) and FIELDS (what its ** takes -> type).
+  What is provided and not asked for is left out; the section goes before what is provided; None
+  stands for the default where the function does not take None. The function's module may say
+  CHOICES (field -> allowed names) and FIELDS (what its ** takes -> type).
   """
   module = inspect.getmodule(function)
   signature = inspect.signature(function).parameters.values()
@@ -62,17 +67,21 @@ def call(function: Callable, section: Mapping, field: str, **provided) -> Any:
   choices = getattr(module, "CHOICES", {})
   section = section.to_dict() if isinstance(section, ConfigDict) else section
   section = {name: tuple(v) if isinstance(v, list) else v for name, v in section.items()}
+  arguments = {name: value for name, value in provided.items() if name in allowed}
   for name, value in section.items():
     if name not in allowed:
       raise ValueError(f"config.{field}.{name}: unknown field; " + nearest(name, sorted(allowed)))
+    if value is None and types.NoneType not in (_simple_types(allowed[name]) or (types.NoneType,)):
+      continue
     if name in choices and value not in choices[name]:
       raise ValueError(f"config.{field}.{name} = {value!r}: " + nearest(value, choices[name]))
     _check_type(value, allowed[name], f"config.{field}.{name}")
-  provided = {name: v for name, v in provided.items() if name in allowed}
+    arguments[name] = value
   try:
-    return function(**{**provided, **section})
-  except TypeError as error:  # a required argument that nobody gave
+    inspect.signature(function).bind(**arguments)
+  except TypeError as error:  # an argument that has no default and that nobody gave
     raise ValueError(f"config.{field}: {error}") from error
+  return function(**arguments)
 
 
 def steps(section: Mapping, name: str, batch_size: int, train_size: int,
@@ -155,6 +164,9 @@ def override(config: ConfigDict, key: str, text: str):
   elif not sections and leaf not in node:
     raise ValueError(f"config.{key}: unknown field; " + nearest(leaf, sorted(node)))
   old = node.get(leaf)
+  if isinstance(old, ConfigDict) and value is None and sections:  # an evaluator that is not wanted
+    del node[leaf]
+    return
   if isinstance(old, ConfigDict) and not isinstance(value, dict):
     raise ValueError(f"config.{key} = {text}: it is a section; set config.{key}.FIELD")
   if isinstance(old, str) and not isinstance(value, str) and value is not None:
@@ -202,7 +214,8 @@ def fill_from_data(config: ConfigDict, info) -> ConfigDict:
       raise ValueError("config.augment.image_size: the images differ in size, so say which to use")
     config.augment.image_size = (h, w)
   model = config.model
-  model.image_size = model.get("image_size") or config.augment.image_size
+  size = model.get("image_size") or config.augment.image_size
+  model.image_size = (size, size) if isinstance(size, int) else tuple(size)
   model.channels = model.get("channels") or c
   if model.channels != c:
     raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
@@ -237,6 +250,22 @@ def make_data(config: ConfigDict, data_dir: str | None):
           if config.augment.get(key) is not None}
   return call(find_module("input_pipeline", "batches", "").make, config.data, "data",
               data_dir=data_dir, seed=config.seed, **crop)
+
+
+def total_steps(config: ConfigDict, train_size: int) -> int:
+  total = steps(config, "total", config.data.batch_size, train_size)
+  if not total:
+    raise ValueError("config: give total_steps, total_epochs or total_examples, at least one step")
+  return total
+
+
+def make_optimizer(config: ConfigDict, train_size: int):
+  """(optax transformation, step -> learning rate)."""
+  batch_size = config.data.batch_size
+  section = in_steps(config.schedule, ("warmup", "cooldown"), batch_size, train_size)
+  multiplier = call(schedule.make, section, "schedule", total_steps=total_steps(config, train_size))
+  return call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
+              schedule=multiplier)
 
 
 def check_evals(evals: Mapping):
@@ -277,13 +306,8 @@ def build(config: ConfigDict, data_dir: str | None = None) -> Recipe:
   sharding.check_batch(batch_size, config.accumulate, mesh)
   if not 0 <= config.ema_decay < 1:
     raise ValueError(f"config.ema_decay = {config.ema_decay}: expected a number in [0, 1)")
-  total = steps(config, "total", batch_size, train_size)
-  if not total:
-    raise ValueError("config: give total_steps, total_epochs or total_examples, at least one step")
-  section = in_steps(config.schedule, ("warmup", "cooldown"), batch_size, train_size)
-  multiplier = call(schedule.make, section, "schedule", total_steps=total)
-  tx, rate = call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
-                  schedule=multiplier)
+  total = total_steps(config, train_size)
+  tx, rate = make_optimizer(config, train_size)
   check_evals(config.evals)
   return Recipe(config, mesh, data, augment, method, tx, rate, total,
                 max(1, steps(config, "log_every", batch_size, train_size, 50)),

@@ -71,7 +71,7 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1 - ema_decay)
-    metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt, extra, ema), metrics
 
   return step

@@ -1,0 +1,93 @@
+"""The house rules that code can check: who imports whom, and that every recipe builds."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+
+from input_pipeline.sources import Info
+from trainer import recipe
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("models", "losses", "diffusion", "methods", "input_pipeline", "trainer", "evaluators",
+         "interop")
+# Room -> rooms it may import by name. trainer finds methods, models and data by name at run time.
+ALLOWED = {"models": set(), "losses": set(), "input_pipeline": set(), "diffusion": set(),
+           "methods": {"models", "losses", "diffusion"}, "trainer": set(), "evaluators": set(),
+           "interop": {"models"}, "configs": set()}
+
+
+def imports(path: Path) -> set[str]:
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names.add(node.module or "")
+  return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_point_one_way(room):
+  for path in (ROOT / room).glob("**/*.py"):
+    outside = (imports(path) & {*ROOMS, "configs", "train", "evaluate"}) - {room}
+    assert outside <= ALLOWED[room], f"{path} imports {outside - ALLOWED[room]}"
+
+
+def test_only_the_input_pipeline_knows_tfds():
+  for path in ROOT.glob("*/*.py"):
+    if path.parent.name not in ("input_pipeline", "tests"):
+      assert "tensorflow_datasets" not in imports(path), path
+    assert "tensorflow" not in imports(path), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trainer").glob("*.py")), ids=lambda p: p.name)
+def test_trainer_names_no_method_and_no_batch_key(path):
+  words = {node.value for node in ast.walk(ast.parse(path.read_text()))
+           if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+  methods = {p.stem for p in (ROOT / "methods").glob("*.py")} - {"method"}
+  assert not words & methods
+  assert not words & {"label", "noise", "text", "label_mix"}
+
+
+def variants():
+  for path in sorted((ROOT / "configs").glob("*.py")):
+    if path.stem != "base":
+      for variant in importlib.import_module(f"configs.{path.stem}").VARIANTS:
+        yield f"configs/{path.stem}.py" + (f":{variant}" if variant else "")
+
+
+PARAMETERS = {  # of published recipes: encoder, decoder and head as each trains them
+  "configs/vit.py:imagenet_s16": 22_050_664 + 12 * 2 * 384,  # with layer scale
+  "configs/vit.py:imagenet_b16": 86_415_592 + 12 * 2 * 768,  # at 192 px
+  "configs/vit.py:imagenet_b16_augreg": 86_567_656,
+  "configs/mae.py:imagenet_b16": 111_655_680,
+  "configs/mae.py:imagenet_l16": 329_209_600,
+}
+
+
+@pytest.mark.parametrize("name", variants())
+def test_every_recipe_builds(name):
+  """All but the data: sections fit their functions, and the shapes of a step fit together."""
+  config = recipe.load_config(name)
+  size = 16 if name.endswith("smoke") else 32
+  shape = (None, None, 3) if "imagenet" in name else (size, size, 1)
+  info = Info(shape, 1000 if "imagenet" in name else 62, (), {"train": 1_281_167}, "")
+  config = recipe.fill_from_data(config, info)
+  method, augment = recipe.make_method(config), recipe.make_augment(config)
+  _, rate = recipe.make_optimizer(config, 1_281_167)
+  recipe.check_evals(config.evals)
+  h, w = config.model.image_size
+  batch = {"image": jax.ShapeDtypeStruct((4, h, w, shape[2]), "uint8"),
+           "label": jax.ShapeDtypeStruct((4,), "int32")}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  batch = jax.eval_shape(augment.train, key, batch)
+  params, extra = jax.eval_shape(method.init, key, batch)
+  loss, _ = jax.eval_shape(method.loss, params, extra, batch, key, 0)
+  assert loss.shape == () and loss.dtype == "float32"
+  assert all(x.dtype == "float32" for x in jax.tree.leaves(params))
+  assert 0 <= float(rate(0)) <= float(rate(config.schedule.get("warmup_steps", 0)))
+  if name in PARAMETERS:
+    assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]

@@ -1,0 +1,86 @@
+"""The same training on every mesh: losses, gradients (through the optimizer) and figures."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from trainer import loop, recipe, sharding
+from trainer.state import make_init, make_step
+
+MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4),
+          dict(data=2, fsdp=2, tensor=2)]
+
+
+@pytest.fixture(scope="module", params=["configs/vit.py:smoke", "configs/mae.py:smoke"])
+def built(request, tmp_path_factory):
+  # SGD, so that a difference in the gradient shows as it is: Adam would magnify rounding.
+  heads = {"model.decoder_heads": "4"} if "mae" in request.param else {}
+  config = recipe.load_config(request.param, {
+    **heads, "model.heads": "4", "optimizer.name": "sgd", "optimizer.b2": "none",
+    "schedule.warmup_steps": "0", "optimizer.lr": "0.1",
+    "model.drop_path": "0.2", "model.scan": "true", "ema_decay": "0.9", "optimizer.clip_norm": "1.0"})
+  return recipe.build(config, str(tmp_path_factory.mktemp("data")))
+
+
+def train(built, steps=3, devices=None, **mesh):
+  """(metrics of each step, final state) on a mesh."""
+  config = built.config
+  mesh = sharding.make_mesh(**mesh, devices=devices)
+  init = make_init(built.method, built.tx, built.augment.eval, built.data.spec, 0, True)
+  _, shardings = loop.abstract_state(init, mesh)
+  state = jax.jit(init, out_shardings=shardings)()
+  step = jax.jit(
+    make_step(built.method, built.tx, built.augment.train, seed=0, ema_decay=config.ema_decay),
+    in_shardings=(shardings, sharding.batch_sharding(mesh)),
+    out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+  history = []
+  for batch in built.data.train(0, steps):
+    with jax.transfer_guard("disallow"):
+      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+      state, metrics = step(state, batch)
+    history.append(jax.device_get(metrics))
+  return history, state
+
+
+@pytest.fixture(scope="module")
+def alone(built):
+  history, state = train(built, devices=jax.devices()[:1])
+  return history, jax.device_get(state)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_mesh_equals_one_device(built, alone, mesh):
+  history, state = train(built, **mesh)
+  chex.assert_trees_all_close(history, alone[0], rtol=1e-5)
+  chex.assert_trees_all_close(jax.device_get(state), alone[1], rtol=1e-5, atol=1e-6)
+  assert history[0]["grad_norm"] > 0.01 and history[-1]["loss"] != history[0]["loss"]
+
+
+def test_fsdp_splits_all_that_can_be_split(built):
+  mesh = sharding.make_mesh(data=1, fsdp=8)
+  init = make_init(built.method, built.tx, built.augment.eval, built.data.spec, 0, True)
+  state, _ = loop.abstract_state(init, mesh)
+  for path, leaf in jax.tree.leaves_with_path((state.params, state.ema)):
+    free = leaf.shape[1:] if "blocks" in str(path) else leaf.shape
+    splits = any(side % 8 == 0 for side in free)
+    assert ("fsdp" in str(leaf.sharding.spec)) == splits, path
+
+
+def test_errors():
+  with pytest.raises(ValueError, match="must multiply to the 8 devices"):
+    sharding.make_mesh(data=3)
+  with pytest.raises(ValueError, match="one of them may be -1"):
+    sharding.make_mesh(data=-1, fsdp=-1)
+  mesh = sharding.make_mesh(data=2, tensor=4)
+  with pytest.raises(ValueError, match="mesh.tensor = 4 does not divide axis -2 of x/blocks/attenti"):
+    sharding.leaf_spec("x/blocks/attention/qkv_kernel", (2, 8, 3, 6, 4), mesh)
+  with pytest.raises(ValueError, match="data.batch_size = 6 is not a multiple of 4"):
+    sharding.check_batch(6, 2, mesh)
+
+
+def test_rows_of_processes_make_the_batch():
+  mesh = sharding.make_mesh(data=4, tensor=2)
+  np.testing.assert_array_equal(sharding.local_rows(8, mesh), np.arange(8))
+  batch = {"x": np.arange(16).reshape(8, 2)}
+  chex.assert_trees_all_equal(jax.device_get(sharding.to_device(batch, 8, mesh)), batch)
