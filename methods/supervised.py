@@ -20,7 +20,7 @@ def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0,
     multi_label: whether both labels of a mixed image count as wholly true (DeiT III).
   """
   if not model.num_classes:
-    raise ValueError("method supervised needs labels: the data has none, and model.num_classes is 0")
+    raise ValueError("method supervised needs labels: the data has none, model.num_classes is 0")
   if not 0 <= label_smoothing < 1:
     raise ValueError(f"method.label_smoothing = {label_smoothing}: expected a number in [0, 1)")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def sincos_1d(positions: np.ndarray, width: int, temperature: float = 10_000.0) -> np.ndarray:
-  """[sin | cos] of positions times geometric frequencies (1706.03762 sec. 3.5): [n] -> [n, width]."""
+  """[sin | cos] of positions times frequencies (1706.03762 sec. 3.5): [n] -> [n, width]."""
   omega = temperature ** -(np.arange(width // 2, dtype=np.float64) / (width // 2))
   angles = positions.reshape(-1, 1) * omega.reshape(1, -1)                   # n width/2
   return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -41,7 +41,7 @@ def _keys_cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def torch_bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
-  """The [size_out, size_in] matrix of PyTorch's bicubic: a = -0.75, no anti-aliasing, edges repeat."""
+  """PyTorch's bicubic, a matrix [size_out, size_in]: a = -0.75, no anti-aliasing, edges repeat."""
   centres = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
   taps = np.floor(centres).astype(int).reshape(-1, 1) + np.arange(-1, 3).reshape(1, -1)
   weights = _keys_cubic(centres.reshape(-1, 1) - taps, a=-0.75)              # out 4

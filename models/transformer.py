@@ -225,7 +225,7 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask=None, *, train: bool = False, return_weights: bool = False):
-    """x [b, n, d] -> [b, n, d]; with `return_weights` also the last block's weights [b, k, n, n]."""
+    """x [b, n, d] -> [b, n, d]; with `return_weights` also the last block's, [b, k, n, n]."""
     block = Block(self.heads, self.mlp_dim, self.activation, self.norm, self.norm_eps,
                   self.attention, self.qk_norm, self.fused_init, self.layer_scale, self.dropout,
                   self.dtype, parent=None)

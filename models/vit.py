@@ -91,7 +91,7 @@ class Positions(nn.Module):
 
 
 class AttentionPool(nn.Module):
-  """Multi-head attention pooling by one learned probe (2106.04560 sec. 3.2): [b, n, d] -> [b, d]."""
+  """Attention pooling by one learned probe (2106.04560 sec. 3.2): [b, n, d] -> [b, d]."""
 
   heads: int
   mlp_dim: int

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from input_pipeline import augment
+from input_pipeline import augment, image_ops
 
 LEVEL = 1 / 255
 
@@ -39,7 +39,7 @@ def per_plane(image, apply):
 
 def test_random_box_has_torchvisions_law():
   h, w, area, ratio = 60, 90, (0.1, 0.5), (0.5, 2.0)
-  sample = jax.vmap(lambda key: augment.random_box(key, h, w, area, ratio))
+  sample = jax.vmap(lambda key: image_ops.random_box(key, h, w, area, ratio))
   top, left, height, width = np.asarray(sample(jax.random.split(jax.random.key(0), 4000))).T
   assert (top >= 0).all() and (left >= 0).all()
   assert (top + height <= h).all() and (left + width <= w).all()
@@ -57,7 +57,7 @@ def test_random_box_has_torchvisions_law():
 
 @pytest.mark.parametrize("ratio, box", [((4, 5), [11, 0, 8, 30]), ((0.1, 0.2), [0, 12, 30, 6])])
 def test_random_box_falls_back_to_the_centre(ratio, box):
-  got = augment.random_box(jax.random.key(1), 30, 30, (1.0, 1.0), ratio)
+  got = image_ops.random_box(jax.random.key(1), 30, 30, (1.0, 1.0), ratio)
   chex.assert_trees_all_equal(got, jnp.array(box, jnp.float32))
 
 
@@ -67,7 +67,7 @@ def test_random_box_falls_back_to_the_centre(ratio, box):
 def test_crop_resize_is_pillows(method, pillow, size):
   image, (top, left, h, w) = photo(), (4, 7, 25, 21)
   want = per_plane(image, lambda x: x.resize(size[::-1], pillow, (left, top, left + w, top + h)))
-  got = augment.crop_resize(to_float(image), (top, left, h, w), size, method)
+  got = image_ops.crop_resize(to_float(image), (top, left, h, w), size, method)
   np.testing.assert_allclose(got, np.clip(want, 0, 1), atol=1e-4)  # float32 on both sides
 
 
@@ -88,7 +88,7 @@ def test_padded_crop_is_a_window_of_the_reflected_image():
   windows = windows.transpose(0, 1, 3, 4, 2)
   found = set()
   for key in jax.random.split(jax.random.key(0), 40):
-    got = np.asarray(augment.padded_crop(key, to_float(image), (12, 12), 3))
+    got = np.asarray(image_ops.padded_crop(key, to_float(image), (12, 12), 3))
     place = np.argwhere(np.abs(windows - got).max((2, 3, 4)) < 1e-6)
     assert len(place) == 1
     found.add(tuple(place[0]))
@@ -126,8 +126,8 @@ def numpy_move(angle=0.0, shear_x=0.0, shear_y=0.0, move_x=0.0, move_y=0.0, scal
 def test_warp_is_pillows_inside_and_numpys_everywhere(move):
   image, zero = photo(), dict.fromkeys(("angle", "shear_x", "shear_y", "move_x", "move_y"), 0.0)
   matrix = numpy_move(**move)
-  np.testing.assert_allclose(augment.affine_matrix(**(zero | move)), matrix, atol=1e-6)
-  got = augment.warp(to_float(image), jnp.float32(matrix), jnp.float32([[[0.25]]]))
+  np.testing.assert_allclose(image_ops.affine_matrix(**(zero | move)), matrix, atol=1e-6)
+  got = image_ops.warp(to_float(image), jnp.float32(matrix), jnp.float32([[[0.25]]]))
   np.testing.assert_allclose(got, numpy_warp(image / 255, matrix, 0.25), atol=5e-5)
   h, w, _ = image.shape  # Pillow's data maps corners, not centres: conjugate by the shift
   data = np.linalg.inv(shift := np.array([[1, 0, -w / 2], [0, 1, -h / 2], [0, 0, 1]]))
@@ -138,14 +138,14 @@ def test_warp_is_pillows_inside_and_numpys_everywhere(move):
   inside = (np.abs(u) < (w - 1) / 2) & (np.abs(v) < (h - 1) / 2)  # beyond, Pillow blends no fill
   assert inside.mean() > 0.3
   np.testing.assert_allclose(np.asarray(got)[inside], want[inside], atol=5e-5)
-  edge = augment.warp(to_float(np.full_like(image, 90)), jnp.float32(matrix))
+  edge = image_ops.warp(to_float(np.full_like(image, 90)), jnp.float32(matrix))
   np.testing.assert_allclose(edge, 90 / 255, atol=1e-6)
 
 
 def test_random_affine_stays_in_its_range():
   image = np.zeros((31, 31, 1), np.float32)
   image[15, 20] = 1  # five pixels right of the centre: it shows where the move sends it
-  move = functools.partial(augment.random_affine, image=jnp.asarray(image), degrees=20.0,
+  move = functools.partial(image_ops.random_affine, image=jnp.asarray(image), degrees=20.0,
                            scale=(0.8, 1.2))
   out = np.asarray(jax.vmap(move)(jax.random.split(jax.random.key(0), 200)))[..., 0]
   y, x = np.mgrid[:31, :31] - 15
@@ -158,17 +158,17 @@ def test_random_affine_stays_in_its_range():
 
 
 PILLOW = {  # name: (our function of a float image, Pillow's of a uint8 image, tolerance in levels)
-    "grayscale": (augment.grayscale, lambda x: ImageOps.grayscale(x).convert("RGB"), 1),
-    "autocontrast": (augment.autocontrast, ImageOps.autocontrast, 1),
-    "equalize": (augment.equalize, ImageOps.equalize, 0.01),  # integers on both sides
-    "posterize": (lambda x: augment.posterize(x, 3), lambda x: ImageOps.posterize(x, 3), 0.01),
-    "sharpness": (lambda x: augment.sharpness(x, 1.9),
+    "grayscale": (image_ops.grayscale, lambda x: ImageOps.grayscale(x).convert("RGB"), 1),
+    "autocontrast": (image_ops.autocontrast, ImageOps.autocontrast, 1),
+    "equalize": (image_ops.equalize, ImageOps.equalize, 0.01),  # integers on both sides
+    "posterize": (lambda x: image_ops.posterize(x, 3), lambda x: ImageOps.posterize(x, 3), 0.01),
+    "sharpness": (lambda x: image_ops.sharpness(x, 1.9),
                   lambda x: ImageEnhance.Sharpness(x).enhance(1.9), 1.5),
-    "saturation": (lambda x: augment.blend(augment.grayscale(x), x, 0.3),
+    "saturation": (lambda x: image_ops.blend(image_ops.grayscale(x), x, 0.3),
                    lambda x: ImageEnhance.Color(x).enhance(0.3), 1.5),
-    "contrast": (lambda x: augment.blend(augment.grayscale(x).mean(), x, 1.9),
+    "contrast": (lambda x: image_ops.blend(image_ops.grayscale(x).mean(), x, 1.9),
                  lambda x: ImageEnhance.Contrast(x).enhance(1.9), 2),  # Pillow rounds the mean
-    "brightness": (lambda x: augment.blend(0.0, x, 1.4),
+    "brightness": (lambda x: image_ops.blend(0.0, x, 1.4),
                    lambda x: ImageEnhance.Brightness(x).enhance(1.4), 1),
 }
 
@@ -182,7 +182,7 @@ def test_colour_operation_is_pillows(name):
   np.testing.assert_allclose(ours(to_float(image)), want, atol=levels * LEVEL)
 
 
-@pytest.mark.parametrize("op", [augment.autocontrast, augment.equalize])
+@pytest.mark.parametrize("op", [image_ops.autocontrast, image_ops.equalize])
 def test_flat_channels_stay(op):
   image = np.full((8, 8, 3), 77, np.uint8)
   np.testing.assert_allclose(op(to_float(image)), image / 255, atol=1e-6)
@@ -195,7 +195,7 @@ def test_gaussian_blur_is_numpys(sigma):
   kernel = np.exp(-np.arange(-9, 10) ** 2 / (2 * sigma**2))
   for axis in (0, 1):
     padded = np.apply_along_axis(np.convolve, axis, padded, kernel / kernel.sum(), "same")
-  got = augment.gaussian_blur(to_float(image), sigma)  # ours is cut at 3 sigma: 0.3% of the mass
+  got = image_ops.gaussian_blur(to_float(image), sigma)  # ours is cut at 3 sigma: 0.3% of the mass
   np.testing.assert_allclose(got, padded[9:-9, 9:-9], atol=0.5 * LEVEL)
   pillow = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
   # Pillow approximates by three boxes, and worse so within a radius of the border.
@@ -205,7 +205,7 @@ def test_gaussian_blur_is_numpys(sigma):
 def test_jitter_draws_each_factor_from_its_range_in_any_order():
   image = to_float(photo(8, 8) // 2 + 20)
   keys = jax.random.split(jax.random.key(0), 300)
-  jitter = jax.jit(jax.vmap(augment.random_jitter, (0, None, None)), static_argnums=2)
+  jitter = jax.jit(jax.vmap(image_ops.random_jitter, (0, None, None)), static_argnums=2)
   ratio = np.asarray(jitter(keys, image, (0.4, 0.0, 0.0, 0.0))) / np.asarray(image)
   np.testing.assert_allclose(ratio, ratio[:, :1, :1, :1] * np.ones_like(ratio), rtol=1e-5)
   assert 0.6 <= ratio.min() < 0.62 and 1.38 < ratio.max() <= 1.4001
@@ -226,7 +226,7 @@ def test_jitter_draws_each_factor_from_its_range_in_any_order():
 
 def test_one_of_three_draws_all_three_equally():
   image = photo(16, 16)
-  out = np.asarray(jax.vmap(augment.one_of_three, (0, None))(
+  out = np.asarray(jax.vmap(image_ops.one_of_three, (0, None))(
       jax.random.split(jax.random.key(0), 300), to_float(image)))
   gray = np.asarray(ImageOps.grayscale(Image.fromarray(image)).convert("RGB")) / 255
   solar = np.asarray(ImageOps.solarize(Image.fromarray(image))) / 255
@@ -255,7 +255,7 @@ def test_rand_augment_draws_each_of_sixteen_operations():
                            move_y=side).items():
     for sign in (1, -1):
       want[name, sign] = numpy_warp(image / 255, numpy_move(**{name: sign * 0.7 * amount}), fill)
-  out = np.asarray(jax.vmap(augment.rand_augment, (0, None, None, None, None))(
+  out = np.asarray(jax.vmap(image_ops.rand_augment, (0, None, None, None, None))(
       jax.random.split(jax.random.key(0), 320), to_float(image), 1, magnitude,
       jnp.full((1, 1, 1), fill)))
   counts = dict.fromkeys([*want, "cutout"], 0)
@@ -278,7 +278,7 @@ def test_rand_augment_composes_the_moves_of_its_layers():
   image = to_float(photo(21, 21))
   moves = dict(angle=np.pi / 6, shear_x=0.3, shear_y=0.3)
   moves = [numpy_move(**{name: sign * x}) for sign in (1, -1) for name, x in moves.items()]
-  out = np.asarray(jax.vmap(augment.rand_augment, (0, None, None, None, None))(
+  out = np.asarray(jax.vmap(image_ops.rand_augment, (0, None, None, None, None))(
       jax.random.split(jax.random.key(3), 160), image, 2, 10, jnp.zeros((1, 1, 1))))
   products = [numpy_warp(np.asarray(image), a @ b, 0.0) for a in moves for b in moves]
   matches = sum(np.abs(out - product).max((1, 2, 3)).min() < 1e-4 for product in products)
@@ -288,7 +288,7 @@ def test_rand_augment_composes_the_moves_of_its_layers():
 def test_random_erase_replaces_a_box_by_noise():
   image = jnp.full((32, 32, 1), 9.0)
   keys = jax.random.split(jax.random.key(0), 200)
-  out = np.asarray(jax.vmap(augment.random_erase, (0, None, None))(keys, image, 0.5))[..., 0]
+  out = np.asarray(jax.vmap(image_ops.random_erase, (0, None, None))(keys, image, 0.5))[..., 0]
   erased = [np.argwhere(one != 9) for one in out if (one != 9).any()]
   assert 70 < len(erased) < 130
   for place in erased:

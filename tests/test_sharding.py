@@ -19,7 +19,8 @@ def built(request, tmp_path_factory):
   config = recipe.load_config(request.param, {
     **heads, "model.heads": "4", "optimizer.name": "sgd", "optimizer.b2": "none",
     "schedule.warmup_steps": "0", "optimizer.lr": "0.1",
-    "model.drop_path": "0.2", "model.scan": "true", "ema_decay": "0.9", "optimizer.clip_norm": "1.0"})
+    "model.drop_path": "0.2", "model.scan": "true", "ema_decay": "0.9",
+    "optimizer.clip_norm": "1.0"})
   return recipe.build(config, str(tmp_path_factory.mktemp("data")))
 
 
@@ -73,7 +74,7 @@ def test_errors():
   with pytest.raises(ValueError, match="one of them may be -1"):
     sharding.make_mesh(data=-1, fsdp=-1)
   mesh = sharding.make_mesh(data=2, tensor=4)
-  with pytest.raises(ValueError, match="mesh.tensor = 4 does not divide axis -2 of x/blocks/attenti"):
+  with pytest.raises(ValueError, match="mesh.tensor = 4 does not divide axis -2 of x/blocks/at"):
     sharding.leaf_spec("x/blocks/attention/qkv_kernel", (2, 8, 3, 6, 4), mesh)
   with pytest.raises(ValueError, match="data.batch_size = 6 is not a multiple of 4"):
     sharding.check_batch(6, 2, mesh)

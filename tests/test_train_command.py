@@ -144,7 +144,8 @@ def test_interrupted_and_continued_equals_unbroken(run_train, tmp_path):
   (["--config.ema_decay=1.0"], "ema_decay"),
 ])
 def test_bad_config_is_an_error_before_compiling(flags, message, run_train, tmp_path, capsys):
-  config = next((f.removeprefix("--config=") for f in flags if f.startswith("--config=")), SMOKES[0])
+  config = next((f.removeprefix("--config=") for f in flags if f.startswith("--config=")),
+                SMOKES[0])
   rest = [f for f in flags if not f.startswith("--config=")]
   assert run_train(config, tmp_path / "run", *rest) == 1
   assert re.search(message, capsys.readouterr().err)

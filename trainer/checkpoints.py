@@ -102,7 +102,7 @@ def load_run(workdir, step: int | None = None) -> Run:
     if "ema" in metadata:
       del metadata["params"]
     abstract = {name: jax.tree.map(
-      lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), getattr(tree, "tree", tree))
+      lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
       for name, tree in metadata.items()}
     items = manager.restore(step, args=ocp.args.Composite(
       **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}))

@@ -228,7 +228,9 @@ def fill_from_data(config: ConfigDict, info) -> ConfigDict:
 
 def make_augment(config: ConfigDict, cropped: bool = False):
   """Device augmentation; `cropped` where the host has cropped training images already."""
-  return call(find_module("input_pipeline", "augment", "").make, config.augment, "augment",
+  section = {name: value for name, value in config.augment.to_dict().items()
+             if not (cropped and name in ("crop_area", "crop_ratio"))}
+  return call(find_module("input_pipeline", "augment", "").make, section, "augment",
               cropped=cropped)
 
 

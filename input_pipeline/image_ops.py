@@ -1,0 +1,239 @@
+"""Image operations for augmentation, written for one image and meant to be vmapped.
+
+Images are float32 [h, w, c] in [0, 1]. With 3 channels luma is Rec. 601, otherwise the mean over
+channels, so grayscale and saturation leave a 1-channel image as it is; hue moves only 3-channel
+images. dm-pix's own operation is used where its definition is Pillow's or torchvision's.
+"""
+
+import functools
+import math
+
+import dm_pix as pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def random_box(key, height, width, area, ratio, tries=10):
+  """A box as torchvision's RandomResizedCrop samples it: the first of ten tries that fits.
+
+  Args:
+    area: (low, high) share of the image, uniform. ratio: (low, high) width / height, log-uniform.
+  Returns:
+    float32 [4]: top, left, height, width in whole pixels; the largest central box if none fits.
+  """
+  area_key, ratio_key, place_key = jax.random.split(key, 3)
+  target = height * width * jax.random.uniform(area_key, (tries,), minval=area[0], maxval=area[1])
+  aspect = jnp.exp(jax.random.uniform(
+      ratio_key, (tries,), minval=math.log(ratio[0]), maxval=math.log(ratio[1])))
+  size = jnp.round(jnp.sqrt(jnp.stack([target / aspect, target * aspect], -1)))  # tries 2
+  limit = jnp.array([[height, width]], jnp.float32)
+  fits = jnp.all((size > 0) & (size <= limit), -1)
+  size = size[jnp.argmax(fits)]
+  place = jnp.floor(jax.random.uniform(place_key, (2,)) * (limit[0] - size + 1))
+  central = min(max(width / height, ratio[0]), ratio[1])
+  h, w = min(height, round(width / central)), min(width, round(height * central))
+  fallback = jnp.array([(height - h) // 2, (width - w) // 2, h, w], jnp.float32)
+  return jnp.where(fits.any(), jnp.concatenate([place, size]), fallback)
+
+
+def crop_resize(image, box, size, method="bicubic"):
+  """Resamples `box` (top, left, height, width; pixels, may be fractions) to `size`, antialiased."""
+  box = jnp.asarray(box, jnp.float32)
+  scale = jnp.array(size, jnp.float32) / box[2:]
+  image = jax.image.scale_and_translate(
+      image, (*size, image.shape[-1]), (0, 1), scale, -box[:2] * scale, method)
+  return jnp.clip(image, 0, 1)  # cubic and Lanczos overshoot
+
+
+def centre_resize(image, size, method="bicubic"):
+  """Resizes to cover `size` (short side first) and cuts the centre, in one resample."""
+  (h, w), (H, W) = image.shape[:2], size
+  if (h, w) == (H, W):
+    return image
+  scale = max(H / h, W / w)
+  box = ((h - H / scale) / 2, (w - W / scale) / 2, H / scale, W / scale)
+  return crop_resize(image, box, size, method)
+
+
+def padded_crop(key, image, size, padding, method="bicubic"):
+  """Short side to size, pad by reflection, cut at random: DeiT III's SRC (2204.07118, sec. 3.3)."""
+  (h, w), (H, W) = image.shape[:2], size
+  scale = max(H / h, W / w)
+  image = centre_resize(image, (round(h * scale), round(w * scale)), method)
+  image = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+  top, left = jax.random.randint(key, (2,), 0, jnp.array(image.shape[:2]) - jnp.array(size) + 1)
+  return jax.lax.dynamic_slice(image, (top, left, 0), (H, W, image.shape[-1]))
+
+
+def affine_matrix(angle, shear_x, shear_y, move_x, move_y, scale=1.0):
+  """Rotation (radians) @ shear (slopes) / scale, then a move (pixels): [3, 3].
+
+  It maps an output place (x, y, 1), counted from the image's centre, to the input place seen there.
+  """
+  c, s = jnp.cos(angle), jnp.sin(angle)
+  return jnp.array([[(c - s * shear_y) / scale, (c * shear_x - s) / scale, move_x],
+                    [(s + c * shear_y) / scale, (s * shear_x + c) / scale, move_y],
+                    [0, 0, 1]])
+
+
+def warp(image, matrix, fill=None):
+  """Samples `image` bilinearly at `matrix` @ place; outside is `fill`, or the nearest edge."""
+  h, w, _ = image.shape
+  centre = np.array([(w - 1) / 2, (h - 1) / 2, 0], np.float32).reshape(3, 1, 1)
+  y, x = np.mgrid[:h, :w].astype(np.float32)
+  grid = np.stack([x, y, np.ones_like(x)]) - centre  # xy1 h w
+  # The accelerators' default precision would misplace pixels by up to half of one.
+  x, y, _ = jnp.einsum("ij,jhw->ihw", matrix, grid, precision="highest") + centre
+  sample = functools.partial(jax.scipy.ndimage.map_coordinates, coordinates=[y, x], order=1,
+                             mode="nearest" if fill is None else "constant")
+  offset = 0.0 if fill is None else fill  # the constant of "constant" is 0
+  return jax.vmap(sample, -1, -1)(image - offset) + offset
+
+
+def random_affine(key, image, *, degrees=0.0, translate=0.0, scale=(1.0, 1.0), shear=0.0):
+  """One random affine resample; the edge fills what comes into view.
+
+  Args:
+    degrees: rotation, uniform in +-degrees. translate: shift, +-share of the side, per axis.
+    scale: (low, high) factor, uniform. shear: of x along y, uniform in +-shear degrees.
+  """
+  h, w, _ = image.shape
+  u = jax.random.uniform(key, (5,), minval=-1, maxval=1)
+  return warp(image, affine_matrix(
+      u[0] * math.radians(degrees), jnp.tan(u[1] * math.radians(shear)), 0.0, u[2] * translate * w,
+      u[3] * translate * h, scale[0] + (scale[1] - scale[0]) * (u[4] + 1) / 2))
+
+
+def blend(degenerate, image, factor):
+  """Pillow's ImageEnhance: 0 gives `degenerate`, 1 the image, above 1 exaggerates; clipped."""
+  return jnp.clip(degenerate + factor * (image - degenerate), 0, 1)
+
+
+def grayscale(image):
+  """Luma in every channel."""
+  if image.shape[-1] == 3:
+    return pix.rgb_to_grayscale(image, keep_dims=True)
+  return jnp.broadcast_to(image.mean(-1, keepdims=True), image.shape)
+
+
+def random_jitter(key, image, strengths):
+  """Brightness, contrast, saturation and hue in random order, as torchvision's ColorJitter.
+
+  Args:
+    strengths: four numbers s in that order. Factors are uniform in [max(0, 1 - s), 1 + s], hue's
+      turn in [-s, s] with s <= 0.5. An operation whose s is 0 is left out.
+  """
+  order_key, draw_key = jax.random.split(key)
+  s = np.float32(strengths)
+  low, high = np.append(np.maximum(0, 1 - s[:3]), -s[3]), np.append(1 + s[:3], s[3])
+  b, c, sat, turn = jax.random.uniform(draw_key, (4,), minval=low, maxval=high)
+  ops = [lambda x: blend(0.0, x, b), lambda x: blend(grayscale(x).mean(), x, c),
+         lambda x: blend(grayscale(x), x, sat),
+         lambda x: pix.adjust_hue(x, turn) if x.shape[-1] == 3 else x]
+  ops = [op for op, strength in zip(ops, strengths) if strength]
+  for index in jax.random.permutation(order_key, len(ops)):
+    image = jax.lax.switch(index, ops, image)
+  return image
+
+
+def gaussian_blur(image, sigma, max_sigma=2.0):
+  """Blurs by `sigma` pixels, traced or not, at most max_sigma; edges are repeated outwards."""
+  radius = math.ceil(3 * max_sigma)
+  kernel = jax.nn.softmax(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
+  # Shifted sums: in a convolution each image, with a kernel of its own, would be its own group.
+  for axis in (0, 1):
+    n = image.shape[axis]
+    image = jnp.pad(image, [(radius, radius) if a == axis else (0, 0) for a in range(3)], "edge")
+    image = sum(kernel[k] * jax.lax.slice_in_dim(image, k, k + n, axis=axis)
+                for k in range(2 * radius + 1))
+  return image
+
+
+def one_of_three(key, image):
+  """DeiT III's 3-Augment (2204.07118, sec. 3.3): grayscale, solarize or blur by 0.1 to 2 pixels."""
+  which_key, sigma_key = jax.random.split(key)
+  sigma = jax.random.uniform(sigma_key, minval=0.1, maxval=2.0)
+  return jax.lax.switch(jax.random.randint(which_key, (), 0, 3), [
+      grayscale, lambda x: pix.solarize(x, 127.5 / 255), lambda x: gaussian_blur(x, sigma)], image)
+
+
+def autocontrast(image):
+  """Stretches each channel to [0, 1]; flat channels stay."""
+  low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
+  return jnp.where(high > low, (image - low) / jnp.where(high > low, high - low, 1), image)
+
+
+def equalize(image):
+  """Equalises each channel's histogram of 256 levels, with Pillow's integer arithmetic."""
+  def channel(plane):
+    histogram = jnp.bincount(plane.ravel(), length=256)
+    step = (plane.size - histogram[plane.max()]) // 255
+    lut = (step // 2 + jnp.cumsum(histogram) - histogram) // jnp.maximum(step, 1)
+    return jnp.where(step > 0, jnp.minimum(lut, 255)[plane], plane)
+  return jax.vmap(channel, -1, -1)(jnp.round(image * 255).astype(jnp.int32)) / 255
+
+
+def posterize(image, bits):
+  """Keeps the upper `bits` of 8."""
+  step = 2 ** (8 - bits)
+  return jnp.floor(jnp.round(image * 255) / step) * step / 255
+
+
+def sharpness(image, factor):
+  """Blends with Pillow's SMOOTH: 3x3 ones, 5 in the middle, over 13; the border stays."""
+  smooth = jax.lax.reduce_window(image, 0.0, jax.lax.add, (3, 3, 1), (1, 1, 1), "VALID")
+  smooth = (smooth + 4 * image[1:-1, 1:-1]) / 13
+  return blend(image.at[1:-1, 1:-1].set(smooth), image, factor)
+
+
+def fill_box(image, top, left, height, width, fill):
+  """Replaces the box (pixels, clipped at the edge) by `fill`, broadcast against the image."""
+  h, w, _ = image.shape
+  y, x = np.mgrid[:h, :w] + 0.5
+  inside = (y > top) & (y < top + height) & (x > left) & (x < left + width)
+  return jnp.where(inside[..., None], fill, image)
+
+
+def rand_augment(key, image, layers, magnitude, fill):
+  """RandAugment (1909.13719): in each of `layers`, one of AugReg's 16 operations, equally likely.
+
+  With level = magnitude / 10 their ranges are AutoAugment's: rotation 30 level degrees, shear 0.3
+  level, translation 100 and Cutout's side 80 level pixels at 224, enhancement 0.1 + 1.8 level,
+  Posterize keeps 4 level bits, Solarize inverts from 256 level up (these two weaken as it grows).
+  Two departures: moves are about the centre, and those of all layers are composed and sampled once,
+  bilinearly, after the colours. Under vmap each layer computes every colour operation.
+
+  Args:
+    fill: [1, 1, c] or [1, 1, 1], shown where the image was cut out or moved away.
+  """
+  level, (h, w, _) = magnitude / 10, image.shape
+  factor, side = 0.1 + 1.8 * level, round(80 / 224 * level * min(h, w))
+  moves = jnp.array([math.radians(30), 0.3, 0.3, 100 / 224 * w, 100 / 224 * h]) * level
+  matrix = jnp.eye(3)
+  for layer_key in jax.random.split(key, layers):
+    op_key, sign_key, place_key = jax.random.split(layer_key, 3)
+    top, left = jnp.floor(jax.random.uniform(place_key, (2,)) * jnp.array([h, w])) - side // 2
+    ops = [
+        autocontrast, equalize, lambda x: 1 - x, lambda x: posterize(x, min(8, int(4 * level))),
+        lambda x: pix.solarize(x, (int(256 * level) - 0.5) / 255),
+        lambda x: jnp.where(x < 127.5 / 255, jnp.clip(x + int(110 * level) / 255, 0, 1), x),
+        lambda x: blend(grayscale(x), x, factor), lambda x: blend(grayscale(x).mean(), x, factor),
+        lambda x: blend(0.0, x, factor), lambda x: sharpness(x, factor),
+        lambda x, t=top, l=left: fill_box(x, t, l, side, side, fill),
+        lambda x: x]  # the moves' turn
+    op = jax.random.randint(op_key, (), 0, len(ops) - 1 + len(moves))
+    # Without the barrier XLA fuses one layer's operations into each of the next: twice slower.
+    image = jax.lax.optimization_barrier(
+        jax.lax.switch(jnp.minimum(op, len(ops) - 1), ops, image))
+    signed = moves * (op == len(ops) - 1 + np.arange(len(moves))) * jax.random.rademacher(sign_key)
+    matrix = jnp.matmul(matrix, affine_matrix(*signed), precision="highest")
+  return warp(image, matrix, fill)
+
+
+def random_erase(key, image, prob):
+  """Random erasing (1708.04896) as in DeiT: a box of 2-33% of the area turns into N(0, 1) noise."""
+  apply_key, box_key, noise_key = jax.random.split(key, 3)
+  box = random_box(box_key, *image.shape[:2], (0.02, 1 / 3), (0.3, 1 / 0.3))
+  erased = fill_box(image, *box, jax.random.normal(noise_key, image.shape))
+  return jnp.where(jax.random.bernoulli(apply_key, prob), erased, image)
