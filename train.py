@@ -2,14 +2,18 @@
 
   python train.py --config=configs/mae.py[:variant] [--workdir=DIR] [--config.any.field=value]
 
-A workdir that holds a run is continued. Exit status 0 only if the run ended as asked.
+A workdir that holds a run is continued. Exit status: 0 if the run ended as asked, 75 if SIGTERM or
+SIGINT stopped it and the same command will continue it, 1 otherwise.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from trainer import environment
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def parse_overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -36,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   overrides = parse_overrides(rest, parser)
 
   environment.prepare()
-  from trainer import loop, recipe
+  from trainer import checkpoints, loop, preemption, recipe
   try:
     config = recipe.load_config(args.config, overrides)
     built = recipe.build(config, args.data_dir)
@@ -45,9 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   try:
     loop.train(built, args.workdir or Path("runs") / config.config_name.replace(":", "_"))
-  except loop.TrainingError as error:
+  except (loop.TrainingError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except preemption.Preempted as stop:
+    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    print(f"{stop}\ncontinue with: {command}", file=sys.stderr)
+    return PREEMPTED
   return 0
 
 

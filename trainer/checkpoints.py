@@ -1,7 +1,14 @@
-"""Checkpoints of a training state, and runs loaded back for evaluation."""
+"""Checkpoints of a training state: asynchronous, atomic, checked when they are read back."""
 
+import contextlib
+import functools
+import hashlib
 import json
-from collections.abc import Callable
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,33 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from trainer import recipe
+from trainer.logging import read_metrics
 from trainer.state import TrainState
 
 ITEMS = ("params", "opt", "extra", "ema")  # of a checkpoint; those without arrays are left out
+CHOICES = {"on_error": ("raise", "warn"), "best_mode": ("max", "min")}
+log = logging.getLogger("vitrine")
 
 
-def open_manager(workdir, *, every_steps: int | None = None, keep: int | None = 2,
-                 keep_every_steps: int | None = None,
-                 read_only: bool = False) -> ocp.CheckpointManager:
-  """The checkpoints of a run directory, one folder a step.
-
-  Args:
-    every_steps: how often one is due (None: at the end only).
-    keep: how many of the newest stay (None: all).
-    keep_every_steps: checkpoints at multiples of this stay for ever.
-  """
-  def is_due(step, latest=None):
-    return bool(every_steps) and step % every_steps == 0
-
-  options = ocp.CheckpointManagerOptions(
-    should_save_fn=None if read_only else is_due, max_to_keep=keep, keep_period=keep_every_steps,
-    read_only=read_only, create=not read_only)
-  return ocp.CheckpointManager(
-    Path(workdir).absolute() / "checkpoints", options=options,
-    item_handlers={name: ocp.StandardCheckpointHandler() for name in ITEMS})
+class CheckpointError(RuntimeError):
+  """A checkpoint could not be written, or none could be read."""
 
 
 def _items(state: TrainState) -> dict:
@@ -43,19 +38,184 @@ def _items(state: TrainState) -> dict:
           if name in ITEMS and jax.tree.leaves(tree)}
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, step: int):
-  """Starts to write the state; returns when it is safe to go on training."""
-  if step not in manager.all_steps():
-    manager.save(step, force=True, args=ocp.args.Composite(
-      **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}))
+@jax.jit
+def digest(tree) -> jax.Array:
+  """One 32-bit word: the wrapped sum of all bits, however the arrays are split over devices.
+
+  A flipped bit in a stored array is read back without a complaint; this shows it.
+  """
+  def words(x):
+    if x.dtype == jnp.bool_ or x.dtype.itemsize not in (1, 2, 4):
+      return x.astype(jnp.uint32)
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+
+  leaves = [jnp.sum(words(x), dtype=jnp.uint32) * np.uint32(2 * i + 1)
+            for i, x in enumerate(jax.tree.leaves(tree))]
+  return functools.reduce(jnp.add, leaves, jnp.uint32(0))
 
 
-def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
-  """The state at a step, onto the shardings of `abstract`, whatever mesh wrote it."""
-  items = manager.restore(step, args=ocp.args.Composite(
-    **{name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}))
-  step_array = jax.device_put(np.asarray(step, np.int32), abstract.step.sharding)
-  return abstract._replace(step=step_array, **{name: items[name] for name in _items(abstract)})
+@functools.cache
+def code_version() -> str:
+  """A hash of this project's sources: the same on every process that runs the same code."""
+  root = Path(__file__).resolve().parent.parent
+  content = hashlib.sha256()
+  for path in sorted(root.glob("*/*.py")):
+    if path.parent.name not in ("tests", "benchmarks"):
+      content.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+  return content.hexdigest()[:12]
+
+
+class _Preserve:
+  """Which checkpoints stay: the newest, those at certain steps, the best by a logged metric."""
+
+  def __init__(self, workdir, keep, keep_every_steps, best, best_mode):
+    self.workdir, self.keep, self.every = workdir, keep, keep_every_steps
+    self.best, self.sign = best, 1 if best_mode == "max" else -1
+
+  def should_preserve(self, checkpoints, *, context):
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    newest = steps if self.keep is None else steps[len(steps) - self.keep:]
+    scored = [(self.sign * row[self.best], row["step"]) for row in read_metrics(self.workdir)
+              if self.best in row and row["step"] in steps]
+    best = max(scored)[1] if scored else None
+    return [step in newest or step == best or bool(self.every) and step % self.every == 0
+            for step in steps]
+
+
+class Checkpoints:
+  """The checkpoints of one run directory, a folder a step; the arguments are `config.checkpoint`.
+
+  Args:
+    workdir: the run directory, local or anything `etils.epath` opens (gs://, s3://).
+    every_steps, every_minutes: how often one is due, either or both (None: at the end only).
+    keep: how many of the newest stay, at least 1 (None: all).
+    keep_every_steps: checkpoints at multiples of this stay for ever.
+    best: a metric of metrics.jsonl, such as "eval/knn/top1"; the best checkpoint by it stays.
+    best_mode: "max" or "min".
+    on_error: "raise" ends the run where one cannot be written, "warn" goes on to the next.
+    metadata: plain facts to store with each.
+    read_only: nothing is written, damaged checkpoints are left where they are.
+  """
+
+  def __init__(self, workdir, *, every_steps: int | None = None,
+               every_minutes: float | None = None, keep: int | None = 2,
+               keep_every_steps: int | None = None, best: str = "", best_mode: str = "max",
+               on_error: str = "raise", metadata: Mapping | None = None, read_only: bool = False):
+    if keep is not None and keep < 1:
+      raise ValueError(f"config.checkpoint.keep = {keep}: at least 1, or none to keep all")
+    self.directory = epath.Path(workdir).absolute() / "checkpoints"
+    self.every_steps, self.every_minutes = every_steps, every_minutes
+    self.on_error, self.metadata, self.read_only = on_error, dict(metadata or {}), read_only
+    self.saved_at, self.damaged = time.monotonic(), set()
+    self.pending = None  # the step whose writing was started and not yet seen to end
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+    options = ocp.CheckpointManagerOptions(
+      create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only,
+      preservation_policy=None if read_only else _Preserve(
+        workdir, keep, keep_every_steps, best, best_mode))
+    self.manager = ocp.CheckpointManager(
+      self.directory, options=options,
+      item_handlers={**handlers, "metadata": ocp.JsonCheckpointHandler()})
+
+  def steps(self) -> list[int]:
+    """Those that were written to the end, and not found damaged."""
+    return sorted(set(self.manager.all_steps()) - self.damaged)
+
+  def due(self, step: int) -> bool:
+    """Whether to save after this step; processes agree."""
+    by_step = bool(self.every_steps) and step % self.every_steps == 0
+    if not self.every_minutes:
+      return by_step
+    by_clock = time.monotonic() - self.saved_at >= 60 * self.every_minutes
+    if jax.process_count() > 1:
+      by_clock = bool(multihost_utils.broadcast_one_to_all(np.asarray(by_clock)))
+    return by_step or by_clock
+
+  def save(self, state: TrainState, step: int):
+    """Starts to write the state; returns when it is safe to go on training."""
+    self.finish()
+    if step in self.steps():
+      return
+    self.saved_at = time.monotonic()
+    facts = {**self.metadata, "step": step, "digests": {
+      name: int(digest(tree)) for name, tree in _items(state).items()}}
+    with self._reporting(step):
+      if step in self.manager.all_steps():
+        self.manager.delete(step)  # a damaged one: this is written over it
+        self.damaged.discard(step)
+      self.manager.save(step, force=True, args=ocp.args.Composite(
+        metadata=ocp.args.JsonSave(facts),
+        **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}))
+      self.pending = step
+
+  def finish(self):
+    """Waits until what was started is written."""
+    if self.pending is not None:
+      step, self.pending = self.pending, None
+      with self._reporting(step):
+        self.manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _reporting(self, step: int):
+    """Turns any failure to write into this project's words, and clears what is half written."""
+    try:
+      yield
+    except Exception as error:
+      for rest in self.directory.glob(f"{step}.*tmp*"):
+        shutil.rmtree(rest, ignore_errors=True)
+      message = (f"checkpoint of step {step} could not be written to {self.directory}: "
+                 f"{str(error).splitlines()[0]}. Earlier ones are whole: {self.steps()}")
+      if self.on_error == "raise":
+        raise CheckpointError(message) from error
+      log.warning("%s. Training goes on to the next one.", message)
+
+  def read(self, step: int, abstract: Mapping) -> tuple[dict, dict]:
+    """(items, metadata) of a step onto the shardings of `abstract`. Raises CheckpointError."""
+    try:
+      items = self.manager.restore(step, args=ocp.args.Composite(
+        metadata=ocp.args.JsonRestore(),
+        **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}))
+      facts = items["metadata"]
+      wrong = [name for name in abstract
+               if facts["digests"][name] != int(digest(items[name]))]
+    except Exception as error:  # whatever the storage makes of a file that is not whole
+      raise CheckpointError(f"{self.directory / str(step)} is damaged: "
+                            f"{str(error).splitlines()[0][:200]}") from error
+    if wrong:
+      raise CheckpointError(f"{self.directory / str(step)} is damaged: the numbers of "
+                            f"{', '.join(wrong)} are not those that were saved")
+    return items, facts
+
+  def newest(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
+    """(step, read(step)) of the newest that is whole, or None if there never was one.
+
+    Raises CheckpointError where there are checkpoints and all are damaged.
+    """
+    for step in reversed(self.steps()):
+      try:
+        return step, read(step)
+      except CheckpointError as error:
+        self.damaged.add(step)
+        log.warning("%s; the one before is used", error)
+    if self.damaged:
+      raise CheckpointError(f"no checkpoint in {self.directory} is whole; steps "
+                            f"{sorted(self.damaged)} are damaged. Nothing was started: remove the "
+                            "run directory to train anew")
+    return None
+
+  def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
+    """(state, metadata) of the newest whole checkpoint, onto any mesh; None if there is none."""
+    found = self.newest(lambda step: self.read(step, _items(abstract)))
+    if found is None:
+      return None
+    step, (items, facts) = found
+    array = jax.make_array_from_callback((), abstract.step.sharding,
+                                         lambda _: np.asarray(step, np.int32))
+    return abstract._replace(step=array, **{name: items[name] for name in _items(abstract)}), facts
+
+  def close(self):
+    self.manager.close()
 
 
 class Run(NamedTuple):
@@ -72,8 +232,8 @@ class Run(NamedTuple):
 
 def load_config(workdir) -> ConfigDict:
   """The config a run directory was made with. Raises FileNotFoundError if it holds no run."""
-  path = Path(workdir) / "config.json"
-  if not path.is_file():
+  path = epath.Path(workdir) / "config.json"
+  if not path.exists():
     raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
   return ConfigDict(json.loads(path.read_text()))
 
@@ -83,41 +243,61 @@ def load_run(workdir, step: int | None = None) -> Run:
 
   Args:
     workdir: made by train.py.
-    step: which checkpoint; None = the newest.
+    step: which checkpoint; None = the newest that is whole.
 
   Raises:
     FileNotFoundError: no run, no checkpoint or not that step, with those there are.
+    CheckpointError: the checkpoint is damaged.
   """
   config = load_config(workdir)
-  method = recipe.make_method(config)
-  augment = recipe.make_augment(config)
-  with open_manager(workdir, keep=None, read_only=True) as manager:
-    found = sorted(manager.all_steps())
-    step = found[-1] if step is None and found else step
-    if step not in found:
-      raise FileNotFoundError(f"{workdir}/checkpoints has no step {step}; it has {found}")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    metadata = {name: tree for name, tree in manager.item_metadata(step).items()
-                if name in ("params", "extra", "ema") and tree is not None}
-    if "ema" in metadata:
-      del metadata["params"]
-    abstract = {name: jax.tree.map(
+  method, augment = recipe.make_method(config), recipe.make_augment(config)
+  checkpoints = Checkpoints(workdir, read_only=True)
+  if not checkpoints.steps() or step not in (None, *checkpoints.steps()):
+    raise FileNotFoundError(f"{checkpoints.directory} has no checkpoint"
+                            f"{'' if step is None else f' of step {step}'}; it has "
+                            f"{checkpoints.steps() or 'none'}")
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def read(step):
+    """Parameters alone, shaped as the checkpoint itself says: no optimizer is built."""
+    shapes = {name: jax.tree.map(
       lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
-      for name, tree in metadata.items()}
-    items = manager.restore(step, args=ocp.args.Composite(
-      **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}))
-  params = items["ema"] if "ema" in metadata else items["params"]
-  extra = items["extra"] if "extra" in metadata else {}
+      for name, tree in _shapes(checkpoints, step).items()}
+    return checkpoints.read(step, shapes)[0]
+
+  step, items = (step, read(step)) if step is not None else checkpoints.newest(read)
+  checkpoints.close()
+  params, extra = items.get("ema") or items["params"], items.get("extra") or {}
+  predict = make_predict(method, lambda: (params, extra))
+
+  def preprocess(images):
+    return np.asarray(augment.eval({"image": jnp.asarray(images)})["image"])
+
+  return Run(config, method, params, extra, step, predict, preprocess)
+
+
+def _shapes(checkpoints: Checkpoints, step: int) -> dict:
+  try:
+    metadata = checkpoints.manager.item_metadata(step)
+    trees = {name: metadata[name] for name in ("params", "extra", "ema")
+             if metadata.get(name) is not None}
+    sizes = [math.prod(m.shape) for m in jax.tree.leaves(trees)]
+  except Exception as error:
+    raise CheckpointError(f"{checkpoints.directory / str(step)} is damaged: {error}") from error
+  if not sizes:
+    raise CheckpointError(f"{checkpoints.directory / str(step)} is damaged: it lists no arrays")
+  return {name: tree for name, tree in trees.items() if name != "params" or "ema" not in trees}
+
+
+def make_predict(method, weights: Callable) -> Callable:
+  """(name, batch, rng=None) -> NumPy outputs for one batch; `weights` is () -> (params, extra)."""
   compiled = {name: jax.jit(function) for name, function in method.predict.items()}
 
   def predict(name, batch, rng=None):
     if name not in compiled:
       raise ValueError(f"no prediction {name!r}: {recipe.nearest(name, sorted(compiled))}")
     rng = jax.random.key(0) if rng is None else rng
-    return jax.tree.map(np.asarray, compiled[name](
-      params, extra, {key: jnp.asarray(x) for key, x in batch.items()}, rng))
+    batch = {key: jnp.asarray(x) for key, x in batch.items()}
+    return jax.tree.map(np.asarray, compiled[name](*weights(), batch, rng))
 
-  def preprocess(images):
-    return np.asarray(augment.eval({"image": jnp.asarray(images)})["image"])
-
-  return Run(config, method, params, extra, step, predict, preprocess)
+  return predict

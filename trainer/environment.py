@@ -24,5 +24,6 @@ def prepare():
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrine" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-  for name in ("absl", "orbax", "jax._src.compilation_cache"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+  # Checkpoint and data libraries print tracebacks of errors that we handle and put in words.
+  for name in ("absl", "orbax"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainer import checkpoints, sharding
 from trainer import recipe as recipes
-from trainer import sharding
 
 
 class Context(NamedTuple):
@@ -72,27 +72,13 @@ def make_collect(recipe, weights: Mapping[str, Callable]) -> Callable:
   return collect
 
 
-def make_predict(method, weights: Callable) -> Callable:
-  """(name, batch, rng=None) -> NumPy outputs for one batch; `weights` is () -> (params, extra)."""
-  compiled = {name: jax.jit(function) for name, function in method.predict.items()}
-
-  def predict(name, batch, rng=None):
-    if name not in compiled:
-      raise ValueError(f"no prediction {name!r}: {recipes.nearest(name, sorted(compiled))}")
-    rng = jax.random.key(0) if rng is None else rng
-    batch = {key: jnp.asarray(x) for key, x in batch.items()}
-    return jax.tree.map(np.asarray, compiled[name](*weights(), batch, rng))
-
-  return predict
-
-
 def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
   """(step, final) -> metrics of every evaluator in `config.evals`, named EVALUATOR/METRIC.
 
   Baselines (the untrained network, raw pixels) never change, so they run at the end only.
   """
   collect = make_collect(recipe, weights)
-  predict = make_predict(recipe.method, weights["trained"])
+  predict = checkpoints.make_predict(recipe.method, weights["trained"])
   config, data = recipe.config, recipe.data
 
   def evaluate(step: int, final: bool) -> dict[str, float]:

@@ -5,6 +5,7 @@ step to step than the TrainState.
 """
 
 import json
+import logging
 import platform
 import time
 from pathlib import Path
@@ -15,11 +16,13 @@ import numpy as np
 from trainer import checkpoints, evaluation, sharding
 from trainer import recipe as recipes
 from trainer.logging import Reporter, duration, print_evaluations
+from trainer.preemption import Preempted, listen
 from trainer.state import count_flops, make_init, make_step
 
 # Fields that do not change what is computed: a run may be continued with others.
 FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect",
         "data.workers", "data.cache_bytes", "data.prefetch_batches")
+log = logging.getLogger("vitrine")
 
 
 class TrainingError(RuntimeError):
@@ -40,6 +43,16 @@ def check_same_run(workdir: Path, config: dict):
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(config, indent=2) + "\n")
     partial.replace(path)
+
+
+def check_same_data(workdir: Path, saved: dict, now: dict):
+  """Raises TrainingError if the run was trained on other data; warns if by other code."""
+  if saved["data"] != now["data"]:
+    raise TrainingError(f"the data is not what {workdir} was trained on: fingerprint {now['data']}, "
+                        f"then {saved['data']}. A continued run would not be the same run")
+  if saved["code"] != now["code"]:
+    log.warning("%s was saved by version %s of the code, this is %s: the continued run may differ "
+                "from an unbroken one", workdir, saved["code"], now["code"])
 
 
 def abstract_state(init, mesh):
@@ -95,6 +108,8 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
 
   Raises:
     TrainingError: the workdir holds another run, a record cannot be read, the loss is not finite.
+    CheckpointError: a checkpoint could not be written, or all there are damaged.
+    Preempted: SIGTERM or SIGINT; the state is saved.
   """
   began, workdir = time.monotonic(), Path(workdir)
   config, mesh, method = recipe.config, recipe.mesh, recipe.method
@@ -105,10 +120,17 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   init = make_init(method, recipe.tx, recipe.augment.eval, recipe.data.spec, config.seed,
                    config.ema_decay > 0)
   abstract, shardings = abstract_state(init, mesh)
-  manager = recipes.call(checkpoints.open_manager, recipe.checkpoint, "checkpoint", workdir=workdir)
-  start = manager.latest_step() or 0
-  state = (checkpoints.restore(manager, start, abstract) if start
-           else jax.jit(init, out_shardings=shardings)())
+  facts = {"config": recipes.plain(config), "code": checkpoints.code_version(),
+           "data": recipe.data.info.fingerprint}
+  store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
+                       metadata=facts)
+  restored = store.restore(abstract)
+  if restored:
+    state, saved_facts = restored
+    check_same_data(workdir, saved_facts, facts)
+  else:
+    state = jax.jit(init, out_shardings=shardings)()
+  start = int(state.step)
 
   # --- What runs on the mesh, and what tells of it ------------------------------------------------
   step_fn = jax.jit(
@@ -147,14 +169,14 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
                                                       key=lambda item: item[0] != "loss")}
       text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
       if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-        manager.wait_until_finished()
+        store.finish()
         raise TrainingError(
           f"not finite at step {at}: {text}\n  last finite metrics: {last_finite}\n  last good "
-          f"checkpoint: {manager.latest_step() or 'none'} in {workdir / 'checkpoints'}")
+          f"checkpoint: {(store.steps() or ['none'])[-1]} in {store.directory}")
       last_finite = f"step {at}, {text}"
     return {f"train/{name}": value for name, value in metrics.items()}
 
-  def log(step):
+  def log_step(step):
     report.train(step, {**fetch(step), "train/lr": float(recipe.rate(step - 1))})
 
   def evaluate_if_due(step):
@@ -165,6 +187,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
       report.restart_clock(step)
 
   spent["start"] = time.monotonic() - began
+  requested, restore_handlers = listen()
   try:
     evaluate_if_due(start)
     to_log = None
@@ -179,22 +202,27 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
         report.restart_clock(step)
       unchecked.append((step, metrics))
       if to_log:  # fetched only now that the next step is running: the device never waits for it
-        log(to_log)
-      last = step == recipe.total
+        log_step(to_log)
+      last, stop = step == recipe.total, requested(step)
       to_log = step if step % recipe.log_every == 0 or last else None
-      if manager.should_save(step) or last:
+      if store.due(step) or last or stop:
         if to_log:
-          log(to_log)
+          log_step(to_log)
         elif unchecked:
           fetch(step)  # what is saved is finite
         to_log = None
-        timed("checkpoints", checkpoints.save, manager, state, step)
+        timed("checkpoints", store.save, state, step)
         report.restart_clock(step)
+      if stop and not last:
+        store.finish()
+        raise Preempted(f"stopped by {stop} after step {step:,} of {recipe.total:,}; it is saved in "
+                        f"{store.directory}")
       evaluate_if_due(step)
-    timed("checkpoints", manager.wait_until_finished)
+    timed("checkpoints", store.finish)
   finally:
+    restore_handlers()
     batches.close()
-    manager.close()
+    store.close()
     report.close()
 
   # --- What a person wants to know at the end -----------------------------------------------------
