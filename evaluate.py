@@ -19,10 +19,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
   parser.add_argument("--data_dir", help="where data sets are looked for")
   parser.add_argument("--json", action="store_true", help="print one line of JSON instead")
+  environment.add_flags(parser)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, parser)
 
-  environment.prepare()
+  environment.prepare(args)
   from trainer import checkpoints, evaluation, recipe
   from trainer.logging import print_evaluations
   try:

@@ -36,10 +36,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--workdir", help="run directory; default runs/NAME or runs/NAME_VARIANT")
   parser.add_argument("--data_dir", help="where data sets are prepared and looked for; default "
                       "$TFDS_DATA_DIR or ~/tensorflow_datasets")
+  environment.add_flags(parser)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, parser)
 
-  environment.prepare()
+  environment.prepare(args)
   from trainer import checkpoints, loop, preemption, recipe
   try:
     config = recipe.load_config(args.config, overrides)

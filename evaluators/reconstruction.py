@@ -46,6 +46,8 @@ def evaluate(context, examples=8, prediction="reconstruct"):
 
   caption = (f"Step {context.step}, {context.eval_split}: {np.mean(out['mask']):.0%} of the "
              f"patches removed (grey). On these: MSE {mse:.4f}, PSNR {psnr:.1f} dB.")
+  caption += (" No loss is on visible patches, so what the reconstruction has there means nothing; "
+              "the last column shows the true ones.")
   if np.any(out.get("norm_pix", False)):
     caption += (" Reconstruction: predicted patches, each given its true patch's mean and "
                 "variance (the targets were patch-normalised).")

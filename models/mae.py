@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from models import vit
 from models.transformer import Transformer
 
-CHOICES = vit.CHOICES
+CHOICES = {**vit.CHOICES, "pool": ("mean", "cls")}
 FIELDS = {**vit.FIELDS, "variant": str, "image_size": object, "channels": int, "dtype": str}
+del FIELDS["pool_before_norm"]
 
 
 # --- Masking: noise whose order says which patches go. The lowest stay (2111.06377 sec. 3) --------
@@ -133,7 +134,7 @@ def make(*, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int
   """
   encoder = vit.make(positions=positions, pool=pool, class_token=class_token,
                      fused_init=fused_init, **fields)
-  vit.check(encoder.image_size, encoder.patch, decoder_width, decoder_heads, field="model.decoder")
+  vit.check(encoder.image_size, encoder.patch, decoder_width, decoder_heads, prefix="decoder_")
   shared = ("activation", "norm", "norm_eps", "attention", "qk_norm", "fused_init", "scan",
             "remat", "dtype")
   stack = {name: getattr(encoder, name) for name in shared}

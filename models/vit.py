@@ -232,14 +232,14 @@ FIELDS = {f.name: f.type for f in dataclasses.fields(ViT)
           if f.name not in ("parent", "name", "dtype", "image_size", "channels", "num_classes")}
 
 
-def check(image_size, patch: int, width: int, heads: int, *, field: str = "model"):
+def check(image_size, patch: int, width: int, heads: int, *, prefix: str = ""):
   """Raises ValueError where image, patch and heads do not fit together."""
   if any(side % patch for side in image_size):
-    raise ValueError(f"{field}.patch = {patch} does not divide the image size "
+    raise ValueError(f"model.patch = {patch} does not divide the image size "
                      f"{image_size[0]}x{image_size[1]}: choose a patch that divides both, or set "
                      "augment.image_size to a multiple of it")
   if width % heads:
-    raise ValueError(f"{field}.heads = {heads} does not divide {field}.width = {width}")
+    raise ValueError(f"model.{prefix}heads = {heads} does not divide model.{prefix}width = {width}")
 
 
 def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, dtype="float32",
@@ -254,5 +254,7 @@ def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, 
     raise ValueError(f"model: give variant (such as 'B/16') or all of {', '.join(missing)}")
   image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
   check(image_size, fields["patch"], fields["width"], fields["heads"])
+  if fields.get("pool", ViT.pool) == "cls" and fields.get("class_token") is False:
+    raise ValueError("model.pool = 'cls' needs model.class_token")
   return ViT(image_size=image_size, channels=channels, num_classes=num_classes,
              dtype=jnp.dtype(dtype), **fields)

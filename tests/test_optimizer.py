@@ -219,8 +219,8 @@ def network():
 
   def init():
     classifier = vit.make(**TINY, pool="map", num_classes=3, layer_scale=0.1, qk_norm=True)
-    masked = mae.make(**TINY, positions="learned", registers=1, decoder_width=8, decoder_depth=1,
-                      decoder_heads=2)
+    masked = mae.make(**{**TINY, "depth": 1}, positions="learned", registers=1, decoder_width=8,
+                      decoder_depth=1, decoder_heads=2)
     return {"vit": classifier.init(jax.random.key(0), image)["params"],
             "mae": masked.init(jax.random.key(0), image, order[:, :2], order)["params"]}
   params = jax.tree.map(lambda s: normal(*s.shape), jax.eval_shape(init))

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from trainer import recipe
+from trainer import recipe, sharding
 from trainer.logging import read_metrics
 from trainer.state import TrainState
 
@@ -127,10 +126,8 @@ class Checkpoints:
     by_step = bool(self.every_steps) and step % self.every_steps == 0
     if not self.every_minutes:
       return by_step
-    by_clock = time.monotonic() - self.saved_at >= 60 * self.every_minutes
-    if jax.process_count() > 1:
-      by_clock = bool(multihost_utils.broadcast_one_to_all(np.asarray(by_clock)))
-    return by_step or by_clock
+    return by_step or sharding.agreed(
+      time.monotonic() - self.saved_at >= 60 * self.every_minutes)
 
   def save(self, state: TrainState, step: int):
     """Starts to write the state; returns when it is safe to go on training."""
@@ -289,9 +286,10 @@ def _shapes(checkpoints: Checkpoints, step: int) -> dict:
   return {name: tree for name, tree in trees.items() if name != "params" or "ema" not in trees}
 
 
-def make_predict(method, weights: Callable) -> Callable:
+def make_predict(method, weights: Callable, out_sharding=None) -> Callable:
   """(name, batch, rng=None) -> NumPy outputs for one batch; `weights` is () -> (params, extra)."""
-  compiled = {name: jax.jit(function) for name, function in method.predict.items()}
+  compiled = {name: jax.jit(function, out_shardings=out_sharding)
+              for name, function in method.predict.items()}
 
   def predict(name, batch, rng=None):
     if name not in compiled:

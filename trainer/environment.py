@@ -17,13 +17,26 @@ def use_huge_pages():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def prepare():
-  """Compiled programs are kept between runs; the console is left to the run's own lines."""
+def add_flags(parser):
+  """The flags of a run of several processes; none are needed for one."""
+  group = parser.add_argument_group("several processes (docs/pods.md)")
+  group.add_argument("--distributed", action="store_true",
+                     help="find the other processes by the cluster: TPU pod, Slurm, Open MPI, K8s")
+  group.add_argument("--coordinator", help="HOST:PORT of process 0, where no cluster tells")
+  group.add_argument("--num_processes", type=int)
+  group.add_argument("--process_id", type=int)
+
+
+def prepare(args):
+  """Joins the other processes if there are any, keeps compiled programs, quiets libraries."""
   import jax
   if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes before
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrine" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  if args.distributed or args.coordinator:
+    jax.config.update("jax_enable_preemption_service", True)
+    jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   # Checkpoint and data libraries print tracebacks of errors that we handle and put in words.
   for name in ("absl", "orbax"):
     logging.getLogger(name).setLevel(logging.CRITICAL)

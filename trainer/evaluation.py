@@ -78,7 +78,8 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
   Baselines (the untrained network, raw pixels) never change, so they run at the end only.
   """
   collect = make_collect(recipe, weights)
-  predict = checkpoints.make_predict(recipe.method, weights["trained"])
+  predict = checkpoints.make_predict(recipe.method, weights["trained"],
+                                     sharding.replicated(recipe.mesh))
   config, data = recipe.config, recipe.data
 
   def evaluate(step: int, final: bool) -> dict[str, float]:

@@ -116,12 +116,13 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   batch_size = config.data.batch_size
 
   # --- The state: from the newest checkpoint, or new ----------------------------------------------
-  check_same_run(workdir, recipes.plain(config))
+  facts = {"config": recipes.plain(config), "code": checkpoints.code_version(),
+           "data": recipe.data.info.fingerprint}
+  sharding.check_agreement({name: json.dumps(fact) for name, fact in facts.items()})
+  check_same_run(workdir, facts["config"])
   init = make_init(method, recipe.tx, recipe.augment.eval, recipe.data.spec, config.seed,
                    config.ema_decay > 0)
   abstract, shardings = abstract_state(init, mesh)
-  facts = {"config": recipes.plain(config), "code": checkpoints.code_version(),
-           "data": recipe.data.info.fingerprint}
   store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
                        metadata=facts)
   restored = store.restore(abstract)
@@ -143,7 +144,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   batches = recipe.data.train(start, recipe.total, sharding.local_rows(batch_size, mesh))
   report = Reporter(workdir, start=start, total=recipe.total, batch_size=batch_size,
                     writes=jax.process_index() == 0, wandb=config.wandb,
-                    config=recipes.plain(config))
+                    config=facts["config"])
   report.facts(describe(recipe, abstract, start, workdir))
   spent = dict.fromkeys(("start", "compilation", "input wait", "evaluation", "checkpoints"), 0.0)
   unchecked, last_finite = [], "none"
@@ -182,7 +183,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   def evaluate_if_due(step):
     final = step == recipe.total
     due = final or (bool(recipe.eval_every) and step > 0 and step % recipe.eval_every == 0)
-    if due and step not in report.evaluations:  # a continued run may have it
+    if due and not sharding.agreed(step in report.evaluations):  # a continued run may have it
       report.evaluation(step, timed("evaluation", evaluate, step, final))
       report.restart_clock(step)
 
@@ -228,7 +229,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   # --- What a person wants to know at the end -----------------------------------------------------
   wall = time.monotonic() - began
   spent["steps and logging"] = wall - sum(spent.values())
-  final = report.evaluations[recipe.total]
+  final = report.evaluations.get(recipe.total, {})
   print_evaluations(final, report.console)
   report.facts({
     "wall time": duration(wall) + ": " + ", ".join(

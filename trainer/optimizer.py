@@ -16,9 +16,12 @@ def path_name(path) -> str:
 
 
 def decay_mask(pattern: str) -> Callable:
-  """params -> bools: which of them weight decay acts on, those whose path matches."""
+  """params -> bools: which of them weight decay acts on, those whose path matches.
+
+  A layer's number that `per_layer` puts at the end of a path does not count.
+  """
   return lambda params: jax.tree.map_with_path(
-    lambda path, _: re.search(pattern, path_name(path)) is not None, params)
+    lambda path, _: re.search(pattern, re.sub(r"/\d+$", "", path_name(path))) is not None, params)
 
 
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -57,7 +60,7 @@ def _sgd(learning_rate, weight_decay, mask, *, momentum: float = 0.9, nesterov: 
 
 
 def _muon(learning_rate, weight_decay, mask, *, beta: float = 0.95, ns_steps: int = 5,
-          consistent_rms: float | None = 0.2, adam_b1: float = 0.9, adam_b2: float = 0.95):
+          consistent_rms: float | None = 0.2, b1: float = 0.9, b2: float = 0.95):
   """Muon on the matrices of the blocks (query, key and value apart), AdamW on all else.
 
   `consistent_rms=0.2` gives updates AdamW's scale, so that one rate serves both (2502.16982).
@@ -67,17 +70,21 @@ def _muon(learning_rate, weight_decay, mask, *, beta: float = 0.95, ns_steps: in
           "up/kernel": contrib.MuonDimensionNumbers(1, 2),                   # layer d hidden
           "down/kernel": contrib.MuonDimensionNumbers(1, 2)}
 
-  def dimensions(params):
-    def leaf(path, _):
-      name = path_name(path)
-      return next((spec for end, spec in axes.items()
-                   if "blocks" in name.split("/") and name.endswith(end)), None)
-    return jax.tree.map_with_path(leaf, params)
+  def matrix_axes(path, _):
+    name = path_name(path)
+    return next((spec for end, spec in axes.items()
+                 if "blocks" in name.split("/") and name.endswith(end)), None)
 
-  return contrib.muon(learning_rate, beta=beta, ns_steps=ns_steps, weight_decay=weight_decay,
-                      weight_decay_mask=mask, adam_b1=adam_b1, adam_b2=adam_b2,
-                      adam_weight_decay=0.0, consistent_rms=consistent_rms,
-                      muon_weight_dimension_numbers=dimensions)
+  def labels(params):
+    return jax.tree.map_with_path(
+      lambda *leaf: "adamw" if matrix_axes(*leaf) is None else "muon", params)
+
+  return optax.partition({
+    "muon": contrib.muon(
+      learning_rate, beta=beta, ns_steps=ns_steps, weight_decay=weight_decay,
+      consistent_rms=consistent_rms,
+      muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(matrix_axes, params)),
+    "adamw": _adamw(learning_rate, weight_decay, mask, b1=b1, b2=b2)}, labels)
 
 
 def _adamw(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.999,

@@ -2,10 +2,12 @@
 
 import math
 import re
+import zlib
 from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.optimizer import path_name
@@ -90,6 +92,26 @@ def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
   slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
   rows = {i for (s,) in slices for i in range(*s.indices(batch_size))}
   return np.array(sorted(rows))
+
+
+def agreed(value: bool) -> bool:
+  """Process 0's answer, on every process: for decisions that lead to collective work."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def check_agreement(facts: Mapping[str, str]):
+  """Raises ValueError on every process unless all of them have the same facts."""
+  if jax.process_count() == 1:
+    return
+  words = [zlib.crc32(facts[name].encode()) for name in sorted(facts)]
+  everyone = multihost_utils.process_allgather(np.array(words, np.uint32))   # process fact
+  for name, column in zip(sorted(facts), everyone.T):
+    others = np.flatnonzero(column != column[0])
+    if others.size:
+      raise ValueError(f"processes do not agree on the {name}: {others.tolist()} differ from "
+                       f"process 0. Start all of them with the same command, code and data")
 
 
 def to_device(batch, batch_size: int, mesh: Mesh):
