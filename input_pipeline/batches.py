@@ -151,6 +151,33 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
   return Data(info, train, evaluate, cropped, spec, train_split, eval_split)
 
 
+def stand_in(source: str, batch_size: int, image_size=None, channels: int | None = None,
+             num_classes: int | None = None, train_examples: int = 1_281_167) -> Data:
+  """Data that has shapes and cannot be read: for planning a run where its data set is not.
+
+  The embedded source knows its own shapes; of others the caller has to say them.
+
+  Raises:
+    ValueError: the image size, channels or number of classes is not known.
+  """
+  if source.split("/")[0] == "glyphs":
+    native, channels, num_classes = sources.glyphs_shape(source)
+    size = image_size or native
+  else:
+    unknown = [field for field, value in {
+      "augment.image_size": image_size, "model.channels": channels,
+      "model.num_classes": num_classes}.items() if value is None]
+    if unknown:
+      raise ValueError(f"without the data of {source!r}, the config must say {', '.join(unknown)}")
+    size = image_size
+  size = (size, size) if isinstance(size, int) else tuple(size)
+  spec = {"image": jax.ShapeDtypeStruct((batch_size, *size, channels), np.uint8)}
+  if num_classes:
+    spec["label"] = jax.ShapeDtypeStruct((batch_size,), np.int32)
+  info = sources.Info((*size, channels), num_classes, (), {"train": train_examples}, "")
+  return Data(info, None, None, True, spec, "train", None)
+
+
 def _check_split(field: str, split: str, splits) -> None:
   if split not in splits:
     raise ValueError(f"{field}={split!r} is not a split; {sources.nearest(str(split), (*splits,))}")

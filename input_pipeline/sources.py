@@ -127,16 +127,27 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
       ) from e
 
 
-def _glyphs_builder(source: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+def _glyphs_config(source: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
   name = source.partition("/")[2] or "all"
   if name not in glyphs.Glyphs.builder_configs:
     raise ValueError(f"data.source={source!r}: no such configuration {name!r}; "
                      + nearest(name, tuple(glyphs.Glyphs.builder_configs)))
-  builder = glyphs.Glyphs(config=name, data_dir=data_dir)
+  return glyphs.Glyphs(config=name, data_dir=data_dir)
+
+
+def _glyphs_builder(source: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+  builder = _glyphs_config(source, data_dir)
   if not builder.is_prepared():
     _prepare(builder)
-    builder = glyphs.Glyphs(config=name, data_dir=data_dir)  # as on disk, whoever wrote it
+    builder = _glyphs_config(source, data_dir)  # as on disk, whoever wrote it
   return builder
+
+
+def glyphs_shape(source: str) -> tuple[tuple[int, int], int, int]:
+  """(image size, channels, classes) of an embedded set, before it is prepared."""
+  features = _glyphs_config(source, None).info.features
+  *size, channels = features["image"].shape
+  return tuple(size), channels, features["label"].num_classes
 
 
 def _tfds_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

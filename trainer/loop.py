@@ -48,8 +48,8 @@ def check_same_run(workdir: Path, config: dict):
 def check_same_data(workdir: Path, saved: dict, now: dict):
   """Raises TrainingError if the run was trained on other data; warns if by other code."""
   if saved["data"] != now["data"]:
-    raise TrainingError(f"the data is not what {workdir} was trained on: fingerprint {now['data']}, "
-                        f"then {saved['data']}. A continued run would not be the same run")
+    raise TrainingError(f"the data is not what {workdir} was trained on: fingerprint {now['data']} "
+                        f"now, {saved['data']} then. A continued run would not be the same run")
   if saved["code"] != now["code"]:
     log.warning("%s was saved by version %s of the code, this is %s: the continued run may differ "
                 "from an unbroken one", workdir, saved["code"], now["code"])
@@ -180,11 +180,14 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   def log_step(step):
     report.train(step, {**fetch(step), "train/lr": float(recipe.rate(step - 1))})
 
+  def evaluation_due(step):
+    return step == recipe.total or (
+      bool(recipe.eval_every) and step > 0 and step % recipe.eval_every == 0)
+
   def evaluate_if_due(step):
-    final = step == recipe.total
-    due = final or (bool(recipe.eval_every) and step > 0 and step % recipe.eval_every == 0)
-    if due and not sharding.agreed(step in report.evaluations):  # a continued run may have it
-      report.evaluation(step, timed("evaluation", evaluate, step, final))
+    # A continued run may have it.
+    if evaluation_due(step) and not sharding.agreed(step in report.evaluations):
+      report.evaluation(step, timed("evaluation", evaluate, step, step == recipe.total))
       report.restart_clock(step)
 
   spent["start"] = time.monotonic() - began
@@ -206,18 +209,19 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
         log_step(to_log)
       last, stop = step == recipe.total, requested(step)
       to_log = step if step % recipe.log_every == 0 or last else None
-      if store.due(step) or last or stop:
-        if to_log:
-          log_step(to_log)
-        elif unchecked:
-          fetch(step)  # what is saved is finite
+      saves = store.due(step) or last or stop
+      if to_log and (saves or evaluation_due(step)):  # the device stops for these anyhow
+        log_step(to_log)
         to_log = None
+      if saves:
+        if unchecked:
+          fetch(step)  # what is saved is finite
         timed("checkpoints", store.save, state, step)
         report.restart_clock(step)
       if stop and not last:
         store.finish()
-        raise Preempted(f"stopped by {stop} after step {step:,} of {recipe.total:,}; it is saved in "
-                        f"{store.directory}")
+        raise Preempted(f"stopped by {stop} after step {step:,} of {recipe.total:,}; it is saved "
+                        f"in {store.directory}")
       evaluate_if_due(step)
     timed("checkpoints", store.finish)
   finally:

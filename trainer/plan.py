@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
@@ -42,8 +41,8 @@ def topology_devices(name: str) -> list:
       raise ValueError(f"--topology={name}: this process has {len(jax.devices('cpu'))} CPU devices")
     return jax.devices("cpu")[:int(shape)]
   if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
-    raise ValueError(f"--topology={name}: expected cpu:N or one of {', '.join(CHIPS)} with a shape, "
-                     "such as v5e:16x16 or v4:4x4x4")
+    raise ValueError(f"--topology={name}: expected cpu:N, or one of {', '.join(CHIPS)} with a "
+                     "shape, such as v5e:16x16 or v4:4x4x4")
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except Exception as error:
@@ -77,6 +76,12 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
     elif bodies:
       bodies[name].append(line)
 
+  def trips(line: str, condition: str) -> int:
+    """How often a loop runs: as the compiler noted it, else what its counter is compared with."""
+    known = re.search(r'known_trip_count.{1,6}n"?:"?(\d+)', line)
+    limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies.get(condition, [])))
+    return int(known[1]) if known else max(map(int, limits), default=1)
+
   def visit(name: str) -> Counter:
     total = Counter()
     for line in bodies.get(name, []):
@@ -93,12 +98,14 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
             moved *= len(groups[1].split(",")) if groups[1] else int(groups[2])
         total[kind, "count"] += 1
         total[kind, "bytes"] += moved
-      times = re.search(r'known_trip_count.{1,6}n"?:"?(\d+)', line)
-      for callee in re.findall(r"(?:body|to_apply|calls|branch_computations=\{)=?%?([\w.\-]+)", line):
+      condition = re.search(r"condition=%?([\w.\-]+)", line)
+      times = trips(line, condition[1]) if condition else 1
+      for callee in re.findall(r"(?:body=|to_apply=|calls=|branch_computations=\{)%?([\w.\-]+)",
+                               line):
         if callee in bodies and not op:
           inner = visit(callee)
           for key in inner:
-            total[key] += inner[key] * (int(times[1]) if times and "body=" in line else 1)
+            total[key] += inner[key] * times
     return total
 
   total = visit("ENTRY")
@@ -106,12 +113,17 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
           for kind in KINDS if total[kind, "count"]}
 
 
+def abstract_state(recipe):
+  """(shapes of a recipe's state, their shardings) on its mesh."""
+  init = make_init(recipe.method, recipe.tx, recipe.augment.eval, recipe.data.spec,
+                   recipe.config.seed, recipe.config.ema_decay > 0)
+  return loop.abstract_state(init, recipe.mesh)
+
+
 def compile_step(recipe):
   """(compiled training step, abstract state) of a recipe on its mesh, real or not."""
   config, mesh = recipe.config, recipe.mesh
-  init = make_init(recipe.method, recipe.tx, recipe.augment.eval, recipe.data.spec, config.seed,
-                   config.ema_decay > 0)
-  state, shardings = loop.abstract_state(init, mesh)
+  state, shardings = abstract_state(recipe)
   rows = sharding.batch_sharding(mesh)
   batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows),
                        recipe.data.spec)
@@ -151,11 +163,3 @@ def plan(recipe, topology: str) -> dict:
     result |= {"fits": total <= chip.memory, "memory_bytes": chip.memory, "times": times,
                "step_time_roofline": slowest, "mfu_roofline": times["compute"] / slowest}
   return result
-
-
-def abstract_data(config, info, batch_size: int):
-  """A stand-in for input_pipeline's Data: shapes without a data set."""
-  h, w = ((config.augment.image_size,) * 2 if isinstance(config.augment.image_size, int)
-          else config.augment.image_size)
-  spec = {"image": jax.ShapeDtypeStruct((batch_size, h, w, info.image_shape[2]), jnp.uint8)}
-  return spec

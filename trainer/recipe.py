@@ -297,10 +297,13 @@ class Recipe(NamedTuple):
   checkpoint: Mapping  # arguments of `checkpoints.open_manager`, in steps
 
 
-def build(config: ConfigDict, data_dir: str | None = None) -> Recipe:
-  """Makes a run's parts. Whatever is wrong in a config is a ValueError here, before compiling."""
-  mesh = call(sharding.make_mesh, config.mesh, "mesh")
-  data = make_data(config, data_dir)
+def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices=None) -> Recipe:
+  """Makes a run's parts. Whatever is wrong in a config is a ValueError here, before compiling.
+
+  `data` and `devices` stand in for the config's data set and the devices of this machine.
+  """
+  mesh = call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
+  data = make_data(config, data_dir) if data is None else data
   config = fill_from_data(config, data.info)
   augment = make_augment(config, data.cropped)
   method = make_method(config)

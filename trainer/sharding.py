@@ -70,6 +70,12 @@ def shard_state(state, mesh: Mesh):
     lambda path, x: NamedSharding(mesh, leaf_spec(path_name(path), x.shape, mesh)), state)
 
 
+def layout(tree, mesh: Mesh) -> list[tuple[str, tuple[int, ...], PartitionSpec]]:
+  """(path, shape, how it is split) of every array of a tree, to be printed."""
+  return [(path_name(path), x.shape, leaf_spec(path_name(path), x.shape, mesh))
+          for path, x in jax.tree.leaves_with_path(tree)]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
