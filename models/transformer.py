@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -85,6 +86,16 @@ REMAT: Mapping[str, Callable | None] = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def split_by_example(x):
+  """Keeps activations split by example over a mesh, if one is set: [b, ...] -> the same.
+
+  Without it a compiler that sees parameters split over devices may split features instead.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 class Attention(nn.Module):
@@ -243,8 +254,8 @@ class Transformer(nn.Module):
 
     def apply(x, layer, return_weights=False):
       params, rate, rngs = layer
-      return block.apply({"params": params}, x, rate, mask, train=train, rngs=rngs,
-                         return_weights=return_weights)
+      return block.apply({"params": params}, split_by_example(x), rate, mask, train=train,
+                         rngs=rngs, return_weights=return_weights)
 
     step = apply
     if self.remat != "none":
@@ -259,6 +270,7 @@ class Transformer(nn.Module):
         x = step(x, jax.tree.map(lambda a, i=i: a[i], layers))
     if return_weights:  # the last block apart: only its weights are wanted
       x, weights = apply(x, jax.tree.map(lambda a: a[-1], layers), return_weights=True)
+    x = split_by_example(x)
     if self.final_norm:
       x = NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
     return (x, weights) if return_weights else x

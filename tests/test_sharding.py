@@ -32,7 +32,8 @@ def train(built, steps=3, devices=None, **mesh):
   _, shardings = loop.abstract_state(init, mesh)
   state = jax.jit(init, out_shardings=shardings)()
   step = jax.jit(
-    make_step(built.method, built.tx, built.augment.train, seed=0, ema_decay=config.ema_decay),
+    make_step(built.method, built.tx, built.augment.train, seed=0, ema_decay=config.ema_decay,
+              mesh=mesh),
     in_shardings=(shardings, sharding.batch_sharding(mesh)),
     out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
   history = []

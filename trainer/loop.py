@@ -136,7 +136,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   # --- What runs on the mesh, and what tells of it ------------------------------------------------
   step_fn = jax.jit(
     make_step(method, recipe.tx, recipe.augment.train, seed=config.seed,
-              accumulate=config.accumulate, ema_decay=config.ema_decay),
+              accumulate=config.accumulate, ema_decay=config.ema_decay, mesh=mesh),
     in_shardings=(shardings, sharding.batch_sharding(mesh)),
     out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
   evaluate = evaluation.make_evaluate(

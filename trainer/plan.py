@@ -129,7 +129,7 @@ def compile_step(recipe):
                        recipe.data.spec)
   step = jax.jit(
     make_step(recipe.method, recipe.tx, recipe.augment.train, seed=config.seed,
-              accumulate=config.accumulate, ema_decay=config.ema_decay),
+              accumulate=config.accumulate, ema_decay=config.ema_decay, mesh=mesh),
     in_shardings=(shardings, rows), out_shardings=(shardings, sharding.replicated(mesh)),
     donate_argnums=0)
   return step.lower(state, batch).compile(), state

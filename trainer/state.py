@@ -1,5 +1,6 @@
 """The training state and one step on it: gradient, accumulation, optimizer, EMA."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,8 +31,10 @@ def make_init(method, tx, evaluate_batch: Callable, spec, seed: int, with_ema: b
 
 
 def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int = 1,
-              ema_decay: float = 0.0) -> Callable:
+              ema_decay: float = 0.0, mesh=None) -> Callable:
   """(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+  `mesh` is where it will run, for models that say how activations are split.
 
   All randomness follows from (seed, step). With `accumulate` > 1 the gradient is averaged over so
   many parts of the batch, one after another: each example's augmentation and draws stay what they
@@ -41,7 +44,8 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
 
   def gradients(params, extra, batch, rng, step):
     """((loss, (extra, metrics)), gradients) of one part."""
-    return jax.value_and_grad(method.loss, has_aux=True)(params, extra, batch, rng, step)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
+      return jax.value_and_grad(method.loss, has_aux=True)(params, extra, batch, rng, step)
 
   def accumulated(params, extra, batch, rng, step):
     # Part j takes rows j, j + accumulate, ...: so each device keeps its own rows.
