@@ -41,5 +41,11 @@ LOSSES = {"softmax": softmax, "sigmoid": sigmoid, "sigmoid_sum": sigmoid_sum}
 
 
 def topk_correct(logits, label, k: int):
-  """Whether the label is among the k highest logits: bool [b]."""
-  return (jax.lax.top_k(logits, k)[1] == label[:, None]).any(-1)
+  """Whether the label is among the k highest logits, equal ones in class order: bool [b].
+
+  By comparisons, which stay where an example is: a sort would gather the batch. NaN is never high.
+  """
+  own = jnp.take_along_axis(logits, label[:, None], axis=-1)                 # b 1
+  earlier = jnp.arange(logits.shape[-1])[None] < label[:, None]
+  ahead = (logits > own) | ((logits == own) & earlier)                       # b classes
+  return (ahead.sum(-1) < k) & (own == own)[:, 0]
