@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -127,14 +126,15 @@ def test_a_full_disk_fails_the_save_and_spares_the_earlier_ones(on_error, small_
   chex.assert_trees_all_equal(state.params, state_of(left[-1]).params)
 
 
-def test_a_read_only_directory_fails_the_save(tmp_path):
-  write(tmp_path / "run", [1])
-  store = checkpoints.Checkpoints(tmp_path / "run")
-  shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "kept")
-  (tmp_path / "run" / "checkpoints").write_text("a file where the folder should be")
-  with pytest.raises(checkpoints.CheckpointError, match="step 2 could not be written"):
+def test_a_read_only_directory_fails_the_save(small_disk):
+  store = checkpoints.Checkpoints(small_disk)
+  store.save(state_of(1), 1)
+  store.finish()
+  subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+  with pytest.raises(checkpoints.CheckpointError, match="step 2 could not be.*Read-only"):
     store.save(state_of(2), 2)
-    store.finish()
+  assert store.steps() == [1]
+  store.close()
 
 
 def test_which_ones_stay(tmp_path):

@@ -138,6 +138,10 @@ class Checkpoints:
     facts = {**self.metadata, "step": step, "digests": {
       name: int(digest(tree)) for name, tree in _items(state).items()}}
     with self._reporting(step):
+      # A folder that cannot be written to fails here: in the manager its threads would hang.
+      probe = self.directory / f".probe_{jax.process_index()}"
+      probe.write_text("")
+      probe.unlink()
       if step in self.manager.all_steps():
         self.manager.delete(step)  # a damaged one: this is written over it
         self.damaged.discard(step)
