@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
                                + f" --xla_force_host_platform_device_count={count}")
   from input_pipeline import batches
-  from trainer import plan, recipe, sharding
+  from trainer import loop, plan, recipe, sharding
   try:
     config = recipe.load_config(args.config, overrides)
     model, augment = config.model, config.augment
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
   if args.layout:
-    for path, shape, spec in sharding.layout(plan.abstract_state(built)[0].params, built.mesh):
+    for path, shape, spec in sharding.layout(loop.abstract_state(built)[0].params, built.mesh):
       print(f"{path:60} {str(shape):24} {spec}")
   result = plan.plan(built, args.topology)
   print(json.dumps(result)) if args.json else show(result)

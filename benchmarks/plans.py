@@ -1,4 +1,4 @@
-"""Regenerates benchmarks/PLANS.md: what every ImageNet recipe costs on a TPU v5e slice of 256 chips.
+"""Regenerates benchmarks/PLANS.md: what each ImageNet recipe costs on a slice of 256 TPU v5e.
 
   python benchmarks/plans.py [--topology=v5e:16x16] [configs/mae.py:imagenet_b16 ...]
 
@@ -48,10 +48,10 @@ def main():
     print(rows[-1], flush=True)
   text = f"""# Plans
 
-`python benchmarks/plans.py --topology={args.topology}` wrote this: each recipe's training step compiled
-ahead of time, data parallel, bfloat16. Memory is GiB a chip; collectives are MiB a step; the roofline
-takes the larger of compute, memory and interconnect time from the chip's published figures, so it is
-a bound that no run reaches.
+`python benchmarks/plans.py --topology={args.topology}` wrote this: each recipe's training step
+compiled ahead of time, data parallel, bfloat16. Memory is GiB a chip; collectives are MiB a step;
+the roofline takes the larger of compute, memory and interconnect time by the chip's published
+figures, so it is a bound that no run reaches.
 
 | recipe | batch | parameters | model TFLOPs a step | GiB a chip | fits | MiB moved a step | \
 roofline ms | MFU at most |

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import plan as command
 from input_pipeline import batches
-from trainer import plan, recipe, sharding
+from trainer import loop, plan, recipe, sharding
 
 
 def compiled(function, mesh, *specs, out=None):
@@ -118,8 +118,8 @@ def test_flops_of_vit_b16():
   config = recipe.load_config("configs/vit.py:imagenet_b16_augreg", {"data.batch_size": "8"})
   data = batches.stand_in(config.data.source, 8, 224, 3, 1000)
   built = recipe.build(config, data=data, devices=jax.devices()[:1])
-  state, _ = plan.abstract_state(built)
-  assert plan.loop.model_flops(built, state) / (3 * 2 * 8) == pytest.approx(17.58e9, rel=0.01)
+  state, _ = loop.abstract_state(built)
+  assert loop.model_flops(built, state) / (3 * 2 * 8) == pytest.approx(17.58e9, rel=0.01)
 
 
 @pytest.mark.parametrize("flags,message", [

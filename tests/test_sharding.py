@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from trainer import loop, recipe, sharding
-from trainer.state import make_init, make_step
 
 MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4),
           dict(data=2, fsdp=2, tensor=2)]
@@ -26,16 +25,11 @@ def built(request, tmp_path_factory):
 
 def train(built, steps=3, devices=None, **mesh):
   """(metrics of each step, final state) on a mesh."""
-  config = built.config
   mesh = sharding.make_mesh(**mesh, devices=devices)
-  init = make_init(built.method, built.tx, built.augment.eval, built.data.spec, 0, True)
-  _, shardings = loop.abstract_state(init, mesh)
-  state = jax.jit(init, out_shardings=shardings)()
-  step = jax.jit(
-    make_step(built.method, built.tx, built.augment.train, seed=0, ema_decay=config.ema_decay,
-              mesh=mesh),
-    in_shardings=(shardings, sharding.batch_sharding(mesh)),
-    out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+  built = built._replace(mesh=mesh)
+  _, shardings = loop.abstract_state(built)
+  state = jax.jit(loop.initial_state(built), out_shardings=shardings)()
+  step = loop.jitted_step(built, shardings)
   history = []
   for batch in built.data.train(0, steps):
     with jax.transfer_guard("disallow"):
@@ -60,9 +54,7 @@ def test_mesh_equals_one_device(built, alone, mesh):
 
 
 def test_fsdp_splits_all_that_can_be_split(built):
-  mesh = sharding.make_mesh(data=1, fsdp=8)
-  init = make_init(built.method, built.tx, built.augment.eval, built.data.spec, 0, True)
-  state, _ = loop.abstract_state(init, mesh)
+  state, _ = loop.abstract_state(built._replace(mesh=sharding.make_mesh(data=1, fsdp=8)))
   for path, leaf in jax.tree.leaves_with_path((state.params, state.ema)):
     free = leaf.shape[1:] if "blocks" in str(path) else leaf.shape
     splits = any(side % 8 == 0 for side in free)

@@ -55,10 +55,25 @@ def check_same_data(workdir: Path, saved: dict, now: dict):
                 "from an unbroken one", workdir, saved["code"], now["code"])
 
 
-def abstract_state(init, mesh):
+def initial_state(recipe):
+  """() -> TrainState at step 0."""
+  return make_init(recipe.method, recipe.tx, recipe.augment.eval, recipe.data.spec,
+                   recipe.config.seed, recipe.config.ema_decay > 0)
+
+
+def jitted_step(recipe, shardings):
+  """(state, batch) -> (state, metrics) on the recipe's mesh, the state donated."""
+  config = recipe.config
+  step = make_step(recipe.method, recipe.tx, recipe.augment.train, seed=config.seed,
+                   accumulate=config.accumulate, ema_decay=config.ema_decay, mesh=recipe.mesh)
+  return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(recipe.mesh)),
+                 out_shardings=(shardings, sharding.replicated(recipe.mesh)), donate_argnums=0)
+
+
+def abstract_state(recipe):
   """(shapes of the state with their shardings, the shardings alone)."""
-  shapes = jax.eval_shape(init)
-  shardings = sharding.shard_state(shapes, mesh)
+  shapes = jax.eval_shape(initial_state(recipe))
+  shardings = sharding.shard_state(shapes, recipe.mesh)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       shapes, shardings), shardings
 
@@ -112,7 +127,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
     Preempted: SIGTERM or SIGINT; the state is saved.
   """
   began, workdir = time.monotonic(), Path(workdir)
-  config, mesh, method = recipe.config, recipe.mesh, recipe.method
+  config, mesh = recipe.config, recipe.mesh
   batch_size = config.data.batch_size
 
   # --- The state: from the newest checkpoint, or new ----------------------------------------------
@@ -120,9 +135,8 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
            "data": recipe.data.info.fingerprint}
   sharding.check_agreement({name: json.dumps(fact) for name, fact in facts.items()})
   check_same_run(workdir, facts["config"])
-  init = make_init(method, recipe.tx, recipe.augment.eval, recipe.data.spec, config.seed,
-                   config.ema_decay > 0)
-  abstract, shardings = abstract_state(init, mesh)
+  init = initial_state(recipe)
+  abstract, shardings = abstract_state(recipe)
   store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
                        metadata=facts)
   restored = store.restore(abstract)
@@ -134,11 +148,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   start = int(state.step)
 
   # --- What runs on the mesh, and what tells of it ------------------------------------------------
-  step_fn = jax.jit(
-    make_step(method, recipe.tx, recipe.augment.train, seed=config.seed,
-              accumulate=config.accumulate, ema_decay=config.ema_decay, mesh=mesh),
-    in_shardings=(shardings, sharding.batch_sharding(mesh)),
-    out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+  step_fn = jitted_step(recipe, shardings)
   evaluate = evaluation.make_evaluate(
     recipe, workdir, weights_of(recipe, init, shardings, lambda: state))
   batches = recipe.data.train(start, recipe.total, sharding.local_rows(batch_size, mesh))

@@ -10,7 +10,6 @@ import numpy as np
 from jax.experimental import topologies
 
 from trainer import loop, sharding
-from trainer.state import make_init, make_step
 
 
 class Chip(NamedTuple):
@@ -113,26 +112,13 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
           for kind in KINDS if total[kind, "count"]}
 
 
-def abstract_state(recipe):
-  """(shapes of a recipe's state, their shardings) on its mesh."""
-  init = make_init(recipe.method, recipe.tx, recipe.augment.eval, recipe.data.spec,
-                   recipe.config.seed, recipe.config.ema_decay > 0)
-  return loop.abstract_state(init, recipe.mesh)
-
-
 def compile_step(recipe):
   """(compiled training step, abstract state) of a recipe on its mesh, real or not."""
-  config, mesh = recipe.config, recipe.mesh
-  state, shardings = abstract_state(recipe)
-  rows = sharding.batch_sharding(mesh)
+  state, shardings = loop.abstract_state(recipe)
+  rows = sharding.batch_sharding(recipe.mesh)
   batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows),
                        recipe.data.spec)
-  step = jax.jit(
-    make_step(recipe.method, recipe.tx, recipe.augment.train, seed=config.seed,
-              accumulate=config.accumulate, ema_decay=config.ema_decay, mesh=mesh),
-    in_shardings=(shardings, rows), out_shardings=(shardings, sharding.replicated(mesh)),
-    donate_argnums=0)
-  return step.lower(state, batch).compile(), state
+  return loop.jitted_step(recipe, shardings).lower(state, batch).compile(), state
 
 
 def plan(recipe, topology: str) -> dict:
