@@ -52,7 +52,7 @@ def fit(params, x, labels, weights, l2, max_iters, tolerance):
   return params, gradient_norm(opt)
 
 
-def evaluate(context, features="features", l2=(1.0, 1e-1, 1e-2, 1e-3, 1e-4), max_iters=100,
+def evaluate(context, features="features", l2=(1e-1, 1e-2, 1e-3), max_iters=100,
              tolerance=1e-4, holdout=0.1, baselines=(), limit=None):
   """Top-1 and top-5 on the evaluation split of a linear classifier fitted to the training split.
 
