@@ -45,6 +45,7 @@ def get_config(variant: str = ""):
 def embedded(config, smoke: bool):
   """Letters in the fonts of one family, tested on two families never seen."""
   config.total_steps, config.eval_every_steps = 2600, 650
+  config.expect = "top-1 0.84 +- 0.01 on unseen font families, in 4 to 5 minutes"
   config.model = dict(name="vit", patch=8, width=128, depth=4, heads=4, mlp_dim=512, pool="mean",
                       positions="sincos2d")
   config.data = dict(source="glyphs/letters", batch_size=128)
@@ -52,6 +53,7 @@ def embedded(config, smoke: bool):
   config.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=0.05, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=100)
   if smoke:
+    config.expect = ""
     config.total_steps, config.eval_every_steps, config.log_every_steps = 6, 3, 2
     config.model.update(width=32, depth=2, heads=2, mlp_dim=64)
     config.data.update(source="glyphs/digits_16", batch_size=16)
