@@ -78,5 +78,5 @@ def grid(columns, titles, caption):
                   interpolation="nearest")
       axis.set(xticks=[], yticks=[])
       axis.spines[:].set(linewidth=0.3)  # shows where an image ends on white paper
-  figure.supxlabel(textwrap.fill(caption, 24 * len(columns)), fontsize=8)
+  figure.supxlabel(textwrap.fill(caption, 22 * len(columns)), fontsize=8)
   return figure
