@@ -69,7 +69,7 @@ PARAMETERS = {  # of published recipes: encoder, decoder and head as each trains
 }
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("name", list(variants()))
 def test_every_recipe_builds(name):
   """All but the data: sections fit their functions, and the shapes of a step fit together."""
   config = recipe.load_config(name)

@@ -86,7 +86,7 @@ class Checkpoints:
   """The checkpoints of one run directory, a folder a step; the arguments are `config.checkpoint`.
 
   Args:
-    workdir: the run directory, local or anything `etils.epath` opens (gs://, s3://).
+    workdir: the run directory; for checkpoints alone anything that `etils.epath` opens will do.
     every_steps, every_minutes: how often one is due, either or both (None: at the end only).
     keep: how many of the newest stay, at least 1 (None: all).
     keep_every_steps: checkpoints at multiples of this stay for ever.

@@ -309,6 +309,8 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   method = make_method(config)
   batch_size, train_size = config.data.batch_size, data.info.num_examples[data.train_split]
   sharding.check_batch(batch_size, config.accumulate, mesh)
+  if config.wandb and importlib.util.find_spec("wandb") is None:
+    raise ValueError("config.wandb = True: Weights & Biases is not installed (pip install wandb)")
   if not 0 <= config.ema_decay < 1:
     raise ValueError(f"config.ema_decay = {config.ema_decay}: expected a number in [0, 1)")
   total = total_steps(config, train_size)
