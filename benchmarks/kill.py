@@ -7,6 +7,7 @@ evaluations alike. Prints one line a kill, and exits 0 only if every run ended b
 """
 
 import argparse
+import logging
 import random
 import shutil
 import subprocess
@@ -52,29 +53,35 @@ def main():
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args()
+  logging.getLogger("absl").setLevel(logging.ERROR)
   folder, rng, failures = Path(tempfile.mkdtemp()), random.Random(args.seed), 0
   start(args, folder / "warm", folder / "data").wait()  # data prepared, programs compiled
   began = time.monotonic()
   assert start(args, folder / "whole", folder / "data").wait() == 0
   length = time.monotonic() - began
   expected = outcome(folder / "whole")
-  for kill in range(args.kills):
-    workdir = folder / f"killed{kill}"
+  kill, killed = 0, False
+  while kill < args.kills:
+    workdir = folder / "killed"
     process = start(args, workdir, folder / "data")
     moment = rng.uniform(0.3, 1.0) * length
     try:
       process.wait(moment)
-      where = "after its end"
     except subprocess.TimeoutExpired:
       process.kill()
       process.wait()
-      rows = read_metrics(workdir)
-      half = [p.name for p in (workdir / "checkpoints").glob("*tmp*")]
-      where = f"at step {rows[-1]['step'] if rows else 0}" + (f", writing {half}" if half else "")
+      killed = True
+    if not killed:  # it had ended: another try
+      shutil.rmtree(workdir)
+      continue
+    kill, killed = kill + 1, False
+    rows = read_metrics(workdir)
+    half = [p.name for p in (workdir / "checkpoints").glob("*tmp*")]
+    where = f"at step {rows[-1]['step'] if rows else 0}" + (f", writing {half}" if half else "")
     status = start(args, workdir, folder / "data").wait()
     good = status == 0 and same(outcome(workdir), expected)
     failures += not good
-    print(f"kill {kill + 1:2} after {moment:5.1f} s, {where}: "
+    print(f"kill {kill:2} after {moment:5.1f} s, {where}: "
           + ("identical" if good else f"DIFFERENT (status {status})"), flush=True)
     shutil.rmtree(workdir)
   shutil.rmtree(folder)

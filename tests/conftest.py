@@ -9,7 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0")  # compiling is most of what the tests do
+    " --xla_backend_optimization_level=0"  # compiling is most of what the tests do
+    # On a busy machine a device's thread may be late; XLA would end the process after 40 seconds.
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR",
                       str(Path(tempfile.gettempdir()) / "vitrine_test_compilation_cache"))
 

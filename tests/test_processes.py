@@ -24,7 +24,8 @@ FLAGS = ["--config=configs/mae.py:smoke", "--config.log_every_steps=1", "--confi
 
 def start(workdir, data_dir, *flags, devices=2):
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "",
-                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+                              "--xla_cpu_collective_call_terminate_timeout_seconds=600"}
   return subprocess.Popen(
     [sys.executable, "train.py", *FLAGS, f"--workdir={workdir}", f"--data_dir={data_dir}", *flags],
     cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from trainer import loop, recipe, sharding
+from trainer import checkpoints, loop, recipe, sharding
 
 MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4),
           dict(data=2, fsdp=2, tensor=2)]
@@ -23,15 +23,19 @@ def built(request, tmp_path_factory):
   return recipe.build(config, str(tmp_path_factory.mktemp("data")))
 
 
-def train(built, steps=3, devices=None, **mesh):
-  """(metrics of each step, final state) on a mesh."""
+def train(built, start=0, stop=3, store=None, devices=None, **mesh):
+  """(metrics of each step, final state) on a mesh, from a stored state if `start` is not 0."""
   mesh = sharding.make_mesh(**mesh, devices=devices)
   built = built._replace(mesh=mesh)
-  _, shardings = loop.abstract_state(built)
-  state = jax.jit(loop.initial_state(built), out_shardings=shardings)()
+  abstract, shardings = loop.abstract_state(built)
+  if start:
+    state, _ = store.restore(abstract)
+    assert int(state.step) == start
+  else:
+    state = jax.jit(loop.initial_state(built), out_shardings=shardings)()
   step = loop.jitted_step(built, shardings)
   history = []
-  for batch in built.data.train(0, steps):
+  for batch in built.data.train(start, stop):
     with jax.transfer_guard("disallow"):
       batch = jax.device_put(batch, sharding.batch_sharding(mesh))
       state, metrics = step(state, batch)
@@ -51,6 +55,21 @@ def test_mesh_equals_one_device(built, alone, mesh):
   chex.assert_trees_all_close(history, alone[0], rtol=1e-5)
   chex.assert_trees_all_close(jax.device_get(state), alone[1], rtol=1e-5, atol=1e-6)
   assert history[0]["grad_norm"] > 0.01 and history[-1]["loss"] != history[0]["loss"]
+
+
+def test_a_run_saved_on_one_mesh_goes_on_on_others(built, tmp_path):
+  """fsdp 4 x tensor 2 writes; 1, 2 and 8 devices, data parallel, read and train 20 steps more."""
+  unbroken, _ = train(built, stop=23, devices=jax.devices()[:1])
+  history, state = train(built, data=1, fsdp=4, tensor=2)
+  store = checkpoints.Checkpoints(tmp_path)
+  store.save(state, 3)
+  store.finish()
+  losses = [float(m["loss"]) for m in unbroken]
+  np.testing.assert_allclose([float(m["loss"]) for m in history], losses[:3], rtol=1e-5)
+  for count in (1, 2, 8):
+    more, _ = train(built, 3, 23, store, devices=jax.devices()[:count])
+    np.testing.assert_allclose([float(m["loss"]) for m in more], losses[3:], rtol=1e-5)
+  store.close()
 
 
 def test_fsdp_splits_all_that_can_be_split(built):
