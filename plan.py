@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
   # Planning needs no accelerator, and takes none away from who is training on it.
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   kind, _, count = args.topology.partition(":")
   if kind == "cpu" and "jax" not in sys.modules:
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")

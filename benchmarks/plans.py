@@ -1,4 +1,4 @@
-"""Regenerates benchmarks/PLANS.md: what each ImageNet recipe costs on a slice of 256 TPU v5e.
+"""Regenerates README's table of what each ImageNet recipe costs on a slice of 256 TPU v5e chips.
 
   python benchmarks/plans.py [--topology=v5e:16x16] [configs/mae.py:imagenet_b16 ...]
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+START, END = "<!-- plans -->", "<!-- end of plans -->"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -46,18 +47,17 @@ def main():
       raise SystemExit(f"{name}: {done.stderr.splitlines()[-1]}")
     rows.append(row(json.loads(done.stdout.splitlines()[-1])))
     print(rows[-1], flush=True)
-  text = f"""# Plans
+  table = f"""`python benchmarks/plans.py --topology={args.topology}` wrote this table: the step of
+each recipe compiled ahead of time, data parallel, bfloat16. Memory is GiB a chip, collectives are
+MiB a step. The roofline takes the longest of compute, memory and interconnect time by the chip's
+published figures: a bound that no run reaches.
 
-`python benchmarks/plans.py --topology={args.topology}` wrote this: each recipe's training step
-compiled ahead of time, data parallel, bfloat16. Memory is GiB a chip; collectives are MiB a step;
-the roofline takes the larger of compute, memory and interconnect time by the chip's published
-figures, so it is a bound that no run reaches.
-
-| recipe | batch | parameters | model TFLOPs a step | GiB a chip | fits | MiB moved a step | \
-roofline ms | MFU at most |
+| recipe | batch | parameters | TFLOPs | memory | fits | moved | roofline, ms | MFU at most |
 |---|---|---|---|---|---|---|---|---|
-"""
-  (ROOT / "benchmarks" / "PLANS.md").write_text(text + "\n".join(rows) + "\n")
+""" + "\n".join(rows)
+  readme = (ROOT / "README.md").read_text()
+  before, after = readme.split(START)[0], readme.split(END)[1]
+  (ROOT / "README.md").write_text(f"{before}{START}\n{table}\n{END}{after}")
 
 
 if __name__ == "__main__":

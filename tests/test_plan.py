@@ -53,6 +53,8 @@ def test_loop_without_a_noted_trip_count():
 
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %ar = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+  %cp = (bf16[3]{0}, bf16[3]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=1
+  %ag = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), dimensions={0}
   %rs = bf16[4,2]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3}}, to_apply=%add
 }
 
@@ -61,6 +63,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 """
   assert plan.collectives(text) == {"all-reduce": {"count": 12, "bytes": 12 * 32},
+                                    "all-gather": {"count": 12, "bytes": 12 * 32},
+                                    "collective-permute": {"count": 12, "bytes": 12 * 6},
                                     "reduce-scatter": {"count": 12, "bytes": 12 * 16 * 4}}
 
 

@@ -88,8 +88,10 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
       if op:
         result, kind, start, _ = op.groups()
         sizes = _bytes(result)
-        if start and kind == "all-gather":  # its result holds the operands too
+        if start and kind == "all-gather":  # a started one's result holds the operands too
           sizes = sizes[len(sizes) // 2:]
+        elif start and kind == "collective-permute":
+          sizes = sizes[1:2]
         moved = sum(sizes)
         if kind == "reduce-scatter":
           groups = re.search(r"replica_groups=\{\{([\d,]+)\}|replica_groups=\[\d+,(\d+)\]", line)
