@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trainer import checkpoints, sharding
 from trainer import recipe as recipes
+from trainer.state import make_init
 
 
 class Context(NamedTuple):
@@ -107,9 +107,9 @@ def evaluate_run(run, recipe, workdir) -> dict[str, float]:
   trained = spread(run.params, run.extra)
 
   def untrained():
-    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), recipe.data.spec)
-    key = jax.random.fold_in(jax.random.key(recipe.config.seed), 0)
-    return spread(*jax.jit(lambda: recipe.method.init(key, recipe.augment.eval(batch)))())
+    init = make_init(recipe.method, recipe.tx, recipe.augment.eval, recipe.data.spec,
+                     recipe.config.seed, with_ema=False)
+    return spread(*jax.jit(lambda: (init().params, init().extra))())
 
   weights = {"trained": lambda: trained, "untrained": untrained}
   return make_evaluate(recipe, workdir, weights)(run.step, True)
