@@ -153,6 +153,8 @@ def test_bfloat16_follows_float32(finished, run_train, tmp_path):
   (["--config.schedule.warmup_steps=100"], "longer than the run"),
   (["--config.schedule.name=cosin"], "did you mean 'cosine'"),
   (["--config.ema_decay=1.0"], "ema_decay"),
+  (["--config.checkpoint.kep=3"], "did you mean 'keep'"),
+  (["--config.checkpoint.on_error=wrn"], "did you mean 'warn'"),
 ])
 def test_bad_config_is_an_error_before_compiling(flags, message, run_train, tmp_path, capsys):
   config = next((f.removeprefix("--config=") for f in flags if f.startswith("--config=")),

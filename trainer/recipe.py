@@ -53,8 +53,8 @@ def _check_type(value, hint, field: str):
     raise ValueError(f"{field} = {value!r}: expected {names}")
 
 
-def call(function: Callable, section: Mapping, field: str, **provided) -> Any:
-  """function(**provided, **section), after checking the section's names, types and choices.
+def arguments(function: Callable, section: Mapping, field: str, **provided) -> dict:
+  """The keyword arguments of a call, after checking the section's names, types and choices.
 
   What is provided and not asked for is left out; the section goes before what is provided; None
   stands for the default where the function does not take None. The function's module may say
@@ -67,7 +67,7 @@ def call(function: Callable, section: Mapping, field: str, **provided) -> Any:
   choices = getattr(module, "CHOICES", {})
   section = section.to_dict() if isinstance(section, ConfigDict) else section
   section = {name: tuple(v) if isinstance(v, list) else v for name, v in section.items()}
-  arguments = {name: value for name, value in provided.items() if name in allowed}
+  result = {name: value for name, value in provided.items() if name in allowed}
   for name, value in section.items():
     if name not in allowed:
       raise ValueError(f"config.{field}.{name}: unknown field; " + nearest(name, sorted(allowed)))
@@ -76,12 +76,17 @@ def call(function: Callable, section: Mapping, field: str, **provided) -> Any:
     if name in choices and value not in choices[name]:
       raise ValueError(f"config.{field}.{name} = {value!r}: " + nearest(value, choices[name]))
     _check_type(value, allowed[name], f"config.{field}.{name}")
-    arguments[name] = value
+    result[name] = value
   try:
-    inspect.signature(function).bind(**arguments)
+    inspect.signature(function).bind(**result)
   except TypeError as error:  # an argument that has no default and that nobody gave
     raise ValueError(f"config.{field}: {error}") from error
-  return function(**arguments)
+  return result
+
+
+def call(function: Callable, section: Mapping, field: str, **provided) -> Any:
+  """function(**provided, **section), checked as `arguments` says."""
+  return function(**arguments(function, section, field, **provided))
 
 
 def steps(section: Mapping, name: str, batch_size: int, train_size: int,
@@ -316,7 +321,11 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   total = total_steps(config, train_size)
   tx, rate = make_optimizer(config, train_size)
   check_evals(config.evals)
+  checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
+  # Checked here, opened by the loop: a run directory is made only for a config that holds.
+  arguments(find_module("trainer", "checkpoints", "").Checkpoints, checkpoint, "checkpoint",
+            workdir="")
   return Recipe(config, mesh, data, augment, method, tx, rate, total,
                 max(1, steps(config, "log_every", batch_size, train_size, 50)),
                 steps(config, "eval_every", batch_size, train_size, 0),
-                in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size))
+                checkpoint)
