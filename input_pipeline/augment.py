@@ -6,6 +6,7 @@ depends on (rng, its place in the batch) and never on the mesh.
 
 import difflib
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,8 +21,9 @@ from input_pipeline import image_ops
 
 class Augment(NamedTuple):
   """A recipe; both functions keep every key of the batch and replace "image"."""
-  train: Callable  # (rng, batch) -> batch: uint8 [b, h, w, c] -> float32 [b, H, W, c], normalised
-  eval: Callable   # (batch) -> batch: the same shapes, deterministic
+  train: Callable  # (rng, batch) -> batch: uint8 [b, h, w, c] -> float32 [b, H, W, c], normalised;
+  #                  with "image_2", of the same shape, where the recipe has a second view
+  eval: Callable   # (batch) -> batch: the same shapes, deterministic; one view
 
 
 def mix(key, batch, mixup, cutmix, prob=1.0):
@@ -54,10 +56,10 @@ def mix(key, batch, mixup, cutmix, prob=1.0):
           "mix": jnp.full((b,), own.mean())}
 
 
-def _check(ok, field, value, allowed, names=()):
+def _check(section, ok, field, value, allowed, names=()):
   if not ok:
     near = difflib.get_close_matches(str(value), names, 1)
-    raise ValueError(f"augment.{field} = {value!r}: must be {allowed}"
+    raise ValueError(f"{section}.{field} = {value!r}: must be {allowed}"
                      + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
@@ -65,13 +67,15 @@ def _is_range(value, high=math.inf):
   return np.shape(value) == (2,) and 0 < value[0] <= value[1] <= high
 
 
-def make(*, image_size, mean=0.5, std=0.5, cropped=False, affine=None, crop_area=None,
-         crop_ratio=(3 / 4, 4 / 3), crop_padding=None, interpolation="bicubic", flip=False,
-         three_augment=False, color_jitter=None, randaugment=None, erase=0.0, mixup=0.0, cutmix=0.0,
-         mix_prob=1.0) -> Augment:
-  """The recipe of `config.augment`; operations run in the order of the keywords from `affine` on.
+def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=None, crop_area=None,
+             crop_ratio=(3 / 4, 4 / 3), crop_padding=None, interpolation="bicubic",
+             three_augment=False, grayscale_first=False, color_jitter=None, jitter_prob=1.0,
+             grayscale=0.0, blur=0.0, solarize=0.0, flip=False, randaugment=None, erase=0.0,
+             mixup=0.0, cutmix=0.0, mix_prob=1.0) -> Augment:
+  """The recipe of one view; operations run in the order of the keywords from `affine` on.
 
   Args:
+    section: of the config, for errors.
     image_size: pixels, int or (height, width). With no crop on, images of another size are resized
       to cover it and cut at the centre, as in `eval`.
     mean, std: of pixels in [0, 1], a float or one a channel: (x - mean) / std.
@@ -80,59 +84,68 @@ def make(*, image_size, mean=0.5, std=0.5, cropped=False, affine=None, crop_area
     crop_area: (low, high) share of the image in (0, 1], for a random resized crop, or None.
     crop_ratio: (low, high) width / height of that crop, > 0.
     crop_padding: pixels >= 0: resize, pad by reflection and cut at random instead, or None.
-    interpolation: "bilinear", "bicubic" or "lanczos3", antialiased.
-    flip: mirror left and right half of the time.
+    interpolation: "linear" (or "bilinear"), "bicubic" or "lanczos3", antialiased.
     three_augment: one of grayscale, solarize and blur; DeiT III adds color_jitter (.3, .3, .3, 0).
+    grayscale_first: grayscale before color_jitter, as in MoCo v1, instead of after it.
     color_jitter: (brightness, contrast, saturation, hue) strengths >= 0, hue <= 0.5, or None.
+    jitter_prob, grayscale, blur, solarize: probability in [0, 1] of color_jitter and of each of
+      these; blur by 0.1 to 2 pixels.
+    flip: mirror left and right half of the time.
     randaugment: (layers >= 1, magnitude in [0, 30]), or None; what it moves away shows `mean`.
     erase: probability in [0, 1] of random erasing.
     mixup, cutmix: alpha >= 0 of the Beta law, 0 for off. mix_prob: share of batches mixed, [0, 1].
   Raises:
-    ValueError: a value is not allowed, named as augment.FIELD; or a batch does not fit the recipe.
+    ValueError: a value is not allowed, named as SECTION.FIELD; or a batch does not fit the recipe.
   """
+  check, sometimes = functools.partial(_check, section), image_ops.sometimes
   size = (image_size,) * 2 if np.ndim(image_size) == 0 else tuple(image_size)
-  _check(len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size), "image_size",
-         image_size, "an int > 0 or (height, width)")
+  check(len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size), "image_size",
+        image_size, "an int > 0 or (height, width)")
   for field, value in dict(mean=mean, std=std).items():
-    _check(np.ndim(value) <= 1 and (field == "mean" or np.min(value) > 0), field, value,
-           "a number or one a channel, std > 0")
+    check(np.ndim(value) <= 1 and (field == "mean" or np.min(value) > 0), field, value,
+          "a number or one a channel, std > 0")
   mean, std = (np.float32(value).reshape(1, 1, -1) for value in (mean, std))
-  _check(not (cropped and crop_area) and (crop_padding is None or not (cropped or crop_area)),
-         "crop_area", crop_area, "alone: only one of cropped, crop_area, crop_padding may be set")
-  _check(crop_area is None or _is_range(crop_area, 1), "crop_area", crop_area,
-         "None or (low, high) with 0 < low <= high <= 1")
-  _check(_is_range(crop_ratio), "crop_ratio", crop_ratio, "(low, high) with 0 < low <= high")
-  _check(crop_padding is None or crop_padding >= 0, "crop_padding", crop_padding, "None or >= 0")
-  methods = ("bilinear", "bicubic", "lanczos3")
-  _check(interpolation in methods, "interpolation", interpolation, f"one of {methods}", methods)
+  check(not (cropped and crop_area) and (crop_padding is None or not (cropped or crop_area)),
+        "crop_area", crop_area, "alone: only one of cropped, crop_area, crop_padding may be set")
+  check(crop_area is None or _is_range(crop_area, 1), "crop_area", crop_area,
+        "None or (low, high) with 0 < low <= high <= 1")
+  check(_is_range(crop_ratio), "crop_ratio", crop_ratio, "(low, high) with 0 < low <= high")
+  check(crop_padding is None or crop_padding >= 0, "crop_padding", crop_padding, "None or >= 0")
+  methods = ("linear", "bilinear", "bicubic", "lanczos3")
+  check(interpolation in methods, "interpolation", interpolation, f"one of {methods}", methods)
   affine, known = dict(affine or {}), tuple(image_ops.random_affine.__kwdefaults__)
   for name in affine:
-    _check(name in known, "affine", name, f"a dict with keys from {known}", known)
-  _check(_is_range(affine.get("scale", (1, 1))), "affine.scale", affine.get("scale"),
-         "(low, high) with 0 < low <= high")
-  _check(color_jitter is None or np.shape(color_jitter) == (4,) and min(color_jitter) >= 0
-         and color_jitter[3] <= 0.5, "color_jitter", color_jitter,
-         "None or four strengths >= 0: brightness, contrast, saturation, hue <= 0.5")
-  _check(randaugment is None or np.shape(randaugment) == (2,) and randaugment[0] in range(1, 100)
-         and 0 <= randaugment[1] <= 30, "randaugment", randaugment,
-         "None or (layers >= 1, magnitude in [0, 30])")
-  for field, value, high in (("erase", erase, 1), ("mix_prob", mix_prob, 1),
-                             ("mixup", mixup, math.inf), ("cutmix", cutmix, math.inf)):
-    _check(0 <= value <= high, field, value, f"in [0, {high}]")
+    check(name in known, "affine", name, f"a dict with keys from {known}", known)
+  check(_is_range(affine.get("scale", (1, 1))), "affine.scale", affine.get("scale"),
+        "(low, high) with 0 < low <= high")
+  check(color_jitter is None or np.shape(color_jitter) == (4,) and min(color_jitter) >= 0
+        and color_jitter[3] <= 0.5, "color_jitter", color_jitter,
+        "None or four strengths >= 0: brightness, contrast, saturation, hue <= 0.5")
+  check(randaugment is None or np.shape(randaugment) == (2,) and randaugment[0] in range(1, 100)
+        and 0 <= randaugment[1] <= 30, "randaugment", randaugment,
+        "None or (layers >= 1, magnitude in [0, 30])")
+  for field, value, high in (
+      ("jitter_prob", jitter_prob, 1), ("grayscale", grayscale, 1), ("blur", blur, 1),
+      ("solarize", solarize, 1), ("erase", erase, 1), ("mix_prob", mix_prob, 1),
+      ("mixup", mixup, math.inf), ("cutmix", cutmix, math.inf)):
+    check(0 <= value <= high, field, value, f"in [0, {high}]")
 
   def to_float(image):
     """uint8 [b, h, w, c] -> float32 in [0, 1]."""
     if image.dtype != jnp.uint8:
       raise ValueError(f'batch["image"] must be uint8, not {image.dtype}')
     for field, value in dict(mean=mean, std=std).items():
-      _check(value.size in (1, image.shape[-1]), field, value.ravel().tolist(),
-             f"one value, or one for each of the images' {image.shape[-1]} channels")
+      check(value.size in (1, image.shape[-1]), field, value.ravel().tolist(),
+            f"one value, or one for each of the images' {image.shape[-1]} channels")
     return image.astype(jnp.float32) / 255
+
+  def to_gray(key, image):
+    return sometimes(key, image, grayscale, lambda _, x: image_ops.grayscale(x))
 
   def train_image(key, image):
     # One key an operation, on or off: switching one leaves the others' draws as they were.
-    affine_key, crop_key, flip_key, three_key, jitter_key, rand_key, erase_key = (
-        jax.random.split(key, 7))
+    (affine_key, crop_key, three_key, jitter_key, gray_key, blur_key, solarize_key, flip_key,
+     rand_key, erase_key) = jax.random.split(key, 10)
     if affine:
       image = image_ops.random_affine(affine_key, image, **affine)
     if crop_area is not None:
@@ -142,12 +155,18 @@ def make(*, image_size, mean=0.5, std=0.5, cropped=False, affine=None, crop_area
       image = image_ops.padded_crop(crop_key, image, size, crop_padding, interpolation)
     else:
       image = image_ops.centre_resize(image, size, interpolation)
+    image = sometimes(three_key, image, float(three_augment), image_ops.one_of_three)
+    if grayscale_first:
+      image = to_gray(gray_key, image)
+    if color_jitter is not None:
+      image = sometimes(jitter_key, image, jitter_prob,
+                        lambda key, x: image_ops.random_jitter(key, x, color_jitter))
+    if not grayscale_first:
+      image = to_gray(gray_key, image)
+    image = sometimes(blur_key, image, blur, image_ops.random_blur)
+    image = sometimes(solarize_key, image, solarize, lambda _, x: image_ops.solarize(x))
     if flip:
       image = pix.random_flip_left_right(flip_key, image)
-    if three_augment:
-      image = image_ops.one_of_three(three_key, image)
-    if color_jitter is not None:
-      image = image_ops.random_jitter(jitter_key, image, color_jitter)
     if randaugment is not None:
       image = image_ops.rand_augment(rand_key, image, *randaugment, mean)
     image = (image - mean) / std
@@ -155,7 +174,7 @@ def make(*, image_size, mean=0.5, std=0.5, cropped=False, affine=None, crop_area
 
   def train(rng, batch):
     if cropped and batch["image"].shape[1:3] != size:
-      raise ValueError(f"augment.cropped: images are {batch['image'].shape[1:3]}, not {size}")
+      raise ValueError(f"{section}.cropped: images are {batch['image'].shape[1:3]}, not {size}")
     image_key, mix_key = jax.random.split(rng)
     keys = jax.random.split(image_key, len(batch["image"]))
     image = jax.vmap(train_image)(keys, to_float(batch["image"]))
@@ -170,3 +189,44 @@ def make(*, image_size, mean=0.5, std=0.5, cropped=False, affine=None, crop_area
     return {**batch, "image": (image - mean[None]) / std[None]}
 
   return Augment(train, evaluate)
+
+
+FIELDS = {p.name: p.annotation for p in inspect.signature(one_view).parameters.values()
+          if p.kind is p.KEYWORD_ONLY}
+SHARED = ("image_size", "cropped", "mixup", "cutmix", "mix_prob")  # by two views
+
+
+def make(*, second_view=None, **fields) -> Augment:
+  """The recipe of `config.augment`: one view of each image, or two for contrastive learning.
+
+  Args:
+    second_view: None, or a dict, maybe empty, of the fields in which the recipe of a second view,
+      "image_2" [b, H, W, c] of training batches, differs. It is another view of "image", or, where
+      the host has cropped, of its own second crop, which the batch then has as "image_2".
+    fields: see `one_view`.
+  Raises:
+    ValueError: as `one_view`; a field of second_view is named augment.second_view.FIELD.
+  """
+  first = one_view("augment", **fields)
+  if second_view is None:
+    return first
+  _check("augment", hasattr(second_view, "keys"), "second_view", second_view, "None or a dict")
+  second_view, allowed = dict(second_view), sorted({*FIELDS} - {*SHARED})
+  for name in second_view:
+    if name not in allowed:
+      near = difflib.get_close_matches(name, allowed, 1)
+      raise ValueError(f"augment.second_view.{name}: two views differ in no such field; "
+                       + (f"did you mean {near[0]!r}?" if near else f"allowed: {allowed}"))
+  for name in ("mixup", "cutmix"):
+    _check("augment", not fields.get(name), name, fields.get(name), "0 with a second_view")
+  second = one_view("augment.second_view", **fields | second_view)
+  source = "image_2" if fields.get("cropped") else "image"
+
+  def train(rng, batch):
+    if source not in batch:
+      raise ValueError(f"augment.second_view needs the host's {source!r}, not only {sorted(batch)}")
+    first_key, second_key = jax.random.split(rng)
+    return {**first.train(first_key, batch),
+            "image_2": second.train(second_key, {"image": batch[source]})["image"]}
+
+  return Augment(train, first.eval)

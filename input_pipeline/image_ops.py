@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue
+
 
 def random_box(key, height, width, area, ratio, tries=10):
   """A box as torchvision's RandomResizedCrop samples it: the first of ten tries that fits.
@@ -112,50 +114,93 @@ def blend(degenerate, image, factor):
 
 def grayscale(image):
   """Luma in every channel."""
-  if image.shape[-1] == 3:
-    return pix.rgb_to_grayscale(image, keep_dims=True)
-  return jnp.broadcast_to(image.mean(-1, keepdims=True), image.shape)
+  c = image.shape[-1]
+  # Plane by plane: it fuses with its neighbours, and no accelerator rounds it as a product.
+  luma = sum(weight * image[..., i] for i, weight in enumerate(LUMA if c == 3 else (1 / c,) * c))
+  return jnp.broadcast_to(luma[..., None], image.shape)
+
+
+def color_jitter(image, factors, order, slot=None):
+  """Changes brightness, contrast and saturation, and turns the hue, as torchvision's ColorJitter.
+
+  Args:
+    factors: [4]; the last is the hue's turn, 1 = full circle. order: [n], in which order brightness
+      (0), contrast (1) and saturation (2) come. slot: after how many of them the hue; None = never.
+  """
+  def enhance(x, kind, on):
+    gray = grayscale(x)
+    degenerate = (kind == 1) * gray.mean() + (kind == 2) * gray  # brightness: black
+    return blend(degenerate, x, jnp.where(on, factors[kind], 1.0))
+
+  # A switch at each place would, under vmap, compute every operation at each place. So the others
+  # stand before the hue and again after it, by a factor of 1 where it is not their turn.
+  for i, kind in enumerate(order):
+    image = enhance(image, kind, slot is None or i < slot)
+  if slot is not None:
+    image = pix.adjust_hue(image, factors[3])
+    for i, kind in enumerate(order):
+      image = enhance(image, kind, i >= slot)
+  return image
 
 
 def random_jitter(key, image, strengths):
-  """Brightness, contrast, saturation and hue in random order, as torchvision's ColorJitter.
+  """`color_jitter` in random order.
 
   Args:
-    strengths: four numbers s in that order. Factors are uniform in [max(0, 1 - s), 1 + s], hue's
-      turn in [-s, s] with s <= 0.5. An operation whose s is 0 is left out.
+    strengths: of brightness, contrast, saturation and hue, s >= 0. Factors are uniform in
+      [max(0, 1 - s), 1 + s], hue's turn in [-s, s] with s <= 0.5. What has s = 0 is left out.
   """
-  order_key, draw_key = jax.random.split(key)
+  order_key, slot_key, factor_key = jax.random.split(key, 3)
   s = np.float32(strengths)
   low, high = np.append(np.maximum(0, 1 - s[:3]), -s[3]), np.append(1 + s[:3], s[3])
-  b, c, sat, turn = jax.random.uniform(draw_key, (4,), minval=low, maxval=high)
-  ops = [lambda x: blend(0.0, x, b), lambda x: blend(grayscale(x).mean(), x, c),
-         lambda x: blend(grayscale(x), x, sat),
-         lambda x: pix.adjust_hue(x, turn) if x.shape[-1] == 3 else x]
-  ops = [op for op, strength in zip(ops, strengths) if strength]
-  for index in jax.random.permutation(order_key, len(ops)):
-    image = jax.lax.switch(index, ops, image)
-  return image
+  factors = jax.random.uniform(factor_key, (4,), minval=low, maxval=high)
+  order = jax.random.permutation(order_key, np.flatnonzero(s[:3]))
+  turns = s[3] > 0 and image.shape[-1] == 3
+  slot = jax.random.randint(slot_key, (), 0, len(order) + 1) if turns else None
+  return color_jitter(image, factors, order, slot)
 
 
 def gaussian_blur(image, sigma, max_sigma=2.0):
   """Blurs by `sigma` pixels, traced or not, at most max_sigma; edges are repeated outwards."""
-  radius = math.ceil(3 * max_sigma)
-  kernel = jax.nn.softmax(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
+  (h, w, c), radius = image.shape, math.ceil(3 * max_sigma)
+  taps = range(2 * radius + 1)
+  kernel = jax.nn.softmax(-0.5 * ((np.arange(2 * radius + 1) - radius) / sigma) ** 2)
   # Shifted sums: in a convolution each image, with a kernel of its own, would be its own group.
-  for axis in (0, 1):
-    n = image.shape[axis]
-    image = jnp.pad(image, [(radius, radius) if a == axis else (0, 0) for a in range(3)], "edge")
-    image = sum(kernel[k] * jax.lax.slice_in_dim(image, k, k + n, axis=axis)
-                for k in range(2 * radius + 1))
-  return image
+  # Rows are flat, neighbours c apart: a last axis of one or three would not vectorise.
+  image = jnp.pad(image, ((radius, radius), (radius, radius), (0, 0)), "edge")
+  image = image.reshape(h + 2 * radius, -1)
+  # Without the barrier XLA computes the first pass anew for each tap of the second.
+  image = jax.lax.optimization_barrier(sum(kernel[k] * image[k:k + h] for k in taps))
+  return sum(kernel[k] * image[:, k * c:(k + w) * c] for k in taps).reshape(h, w, c)
+
+
+def random_blur(key, image):
+  """Gaussian blur by 0.1 to 2 pixels, uniform (2002.05709, app. A; 2003.04297, sec. 2)."""
+  return gaussian_blur(image, jax.random.uniform(key, minval=0.1, maxval=2.0))
+
+
+def solarize(image):
+  """Inverts what 8 bits would round to 128 or more, Pillow's default threshold."""
+  return pix.solarize(image, 127.5 / 255)
+
+
+def sometimes(key, image, prob, op):
+  """`op`(key, image) with probability `prob`, a Python number, else the image."""
+  if prob == 0:
+    return image
+  apply_key, op_key = jax.random.split(key)
+  out = op(op_key, image)
+  if prob < 1:
+    out = jnp.where(jax.random.bernoulli(apply_key, prob), out, image)
+  # Without the barrier XLA computes `out` anew for each of its uses: a blur has thirteen.
+  return jax.lax.optimization_barrier(out)
 
 
 def one_of_three(key, image):
-  """DeiT III's 3-Augment (2204.07118, sec. 3.3): grayscale, solarize or blur by 0.1 to 2 pixels."""
-  which_key, sigma_key = jax.random.split(key)
-  sigma = jax.random.uniform(sigma_key, minval=0.1, maxval=2.0)
+  """DeiT III's 3-Augment (2204.07118, sec. 3.3): grayscale, solarize or blur, equally likely."""
+  which_key, blur_key = jax.random.split(key)
   return jax.lax.switch(jax.random.randint(which_key, (), 0, 3), [
-      grayscale, lambda x: pix.solarize(x, 127.5 / 255), lambda x: gaussian_blur(x, sigma)], image)
+      grayscale, solarize, lambda x: random_blur(blur_key, x)], image)
 
 
 def autocontrast(image):

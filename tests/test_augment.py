@@ -2,15 +2,18 @@
 
 import colorsys
 import functools
+import itertools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from input_pipeline import augment, image_ops
+from trainer import recipe as recipes
 
 LEVEL = 1 / 255
 
@@ -62,7 +65,8 @@ def test_random_box_falls_back_to_the_centre(ratio, box):
 
 
 @pytest.mark.parametrize("method, pillow", [
-    ("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC), ("lanczos3", Image.LANCZOS)])
+    ("linear", Image.BILINEAR), ("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC),
+    ("lanczos3", Image.LANCZOS)])
 @pytest.mark.parametrize("size", [(16, 12), (50, 64)])
 def test_crop_resize_is_pillows(method, pillow, size):
   image, (top, left, h, w) = photo(), (4, 7, 25, 21)
@@ -161,6 +165,7 @@ PILLOW = {  # name: (our function of a float image, Pillow's of a uint8 image, t
     "grayscale": (image_ops.grayscale, lambda x: ImageOps.grayscale(x).convert("RGB"), 1),
     "autocontrast": (image_ops.autocontrast, ImageOps.autocontrast, 1),
     "equalize": (image_ops.equalize, ImageOps.equalize, 0.01),  # integers on both sides
+    "solarize": (image_ops.solarize, ImageOps.solarize, 0.01),
     "posterize": (lambda x: image_ops.posterize(x, 3), lambda x: ImageOps.posterize(x, 3), 0.01),
     "sharpness": (lambda x: image_ops.sharpness(x, 1.9),
                   lambda x: ImageEnhance.Sharpness(x).enhance(1.9), 1.5),
@@ -222,6 +227,43 @@ def test_jitter_draws_each_factor_from_its_range_in_any_order():
   out = np.asarray(jitter(keys, pixels, (0.5, 0.5, 0.0, 0.0)))[:, 0, :, 0]
   total = out[out[:, 0] > 1e-4].sum(1)
   assert 0.12 < (np.abs(total - 1) < 1e-5).mean() < 0.38 and 0.12 < (total > 1.0001).mean() < 0.38
+
+
+def numpy_jitter(image, factors, kinds):
+  """Brightness, contrast, saturation, hue (0 to 3) in turn, in float64; the hue is colorsys'."""
+  for kind in kinds:
+    gray = image @ [0.299, 0.587, 0.114]
+    if kind == 3:
+      hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in image.reshape(-1, 3).tolist()]
+      image = np.reshape([colorsys.hsv_to_rgb((h + factors[3]) % 1, s, v) for h, s, v in hsv],
+                         image.shape)
+    else:
+      mean = [0.0, gray.mean(), gray[..., None]][kind]
+      image = np.clip(factors[kind] * image + (1 - factors[kind]) * mean, 0, 1)
+  return image
+
+
+def test_jitter_in_every_order_is_numpys():
+  image, factors = photo(6, 5, seed=2) / 255, [1.4, 1.6, 1.8, 0.2]
+  orders = [*itertools.product(itertools.permutations(range(3)), range(4))]
+  want = [numpy_jitter(image, factors, [*order[:slot], 3, *order[slot:]]) for order, slot in orders]
+  assert np.abs(want[0] - np.stack(want[1:])).max((1, 2, 3)).min() > LEVEL  # the order matters
+  jitter = jax.jit(jax.vmap(image_ops.color_jitter, (None, None, 0, 0)))
+  got = jitter(jnp.float32(image), jnp.float32(factors), *map(jnp.array, zip(*orders)))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  got = image_ops.color_jitter(jnp.float32(image), jnp.float32(factors), jnp.array([2, 0]))
+  np.testing.assert_allclose(got, numpy_jitter(image, factors, [2, 0]), atol=1e-5)
+
+
+def test_jitter_draws_every_order_alike(monkeypatch):
+  monkeypatch.setattr(image_ops, "color_jitter", lambda image, *drawn: drawn)
+  draw = jax.vmap(lambda key: image_ops.random_jitter(key, jnp.ones((2, 2, 3)), (0.4, 2, 0.2, 0.1)))
+  factors, order, slot = map(np.asarray, draw(jax.random.split(jax.random.key(0), 2400)))
+  _, counts = np.unique(np.column_stack([order, slot]), axis=0, return_counts=True)
+  assert len(counts) == 24 and 56 < counts.min() <= counts.max() < 144  # 100 +- 4.5 deviations
+  np.testing.assert_allclose(factors.min(0), [0.6, 0, 0.8, -0.1], atol=0.01)
+  np.testing.assert_allclose(factors.max(0), [1.4, 3, 1.2, 0.1], atol=0.01)
+  np.testing.assert_allclose(np.corrcoef(factors.T), np.eye(4), atol=0.1)
 
 
 def test_one_of_three_draws_all_three_equally():
@@ -334,50 +376,165 @@ def test_mix_prob_leaves_batches_alone():
   assert 30 < np.sum(np.array(weights) == 1.0) < 54  # 42 +- 3.4 standard deviations
 
 
+PLAIN = dict(mean=0.0, std=1.0)
+
+
+@pytest.mark.parametrize("options, pillow", [
+    (dict(grayscale=0.3), lambda x: ImageOps.grayscale(x).convert("RGB")),
+    (dict(solarize=0.3), ImageOps.solarize),
+    (dict(blur=0.3), None),
+    (dict(color_jitter=(0.0, 0.4, 0.0, 0.0), jitter_prob=0.3), None)])
+def test_an_operation_comes_with_its_probability(options, pillow):
+  image = photo(8, 8, seed=7)
+  train = jax.jit(augment.make(image_size=8, **PLAIN, **options).train)
+  out = np.asarray(train(jax.random.key(0), {"image": np.repeat(image[None], 400, 0)})["image"])
+  changed = np.abs(out - image / 255).max((1, 2, 3)) > 1e-4
+  assert 79 < changed.sum() < 161  # 120 +- 4.5 standard deviations
+  np.testing.assert_allclose(out[~changed], np.repeat(image[None] / 255, 400 - changed.sum(), 0),
+                             atol=1e-6 if pillow else 1e-4)  # the least of blurs changes little
+  if pillow:
+    want = np.asarray(pillow(Image.fromarray(image))) / 255
+    np.testing.assert_allclose(out[changed], np.repeat(want[None], changed.sum(), 0), atol=LEVEL)
+
+
+def test_operations_are_drawn_independently():
+  image = photo(8, 8, seed=7)
+  train = jax.jit(augment.make(
+      image_size=8, grayscale=0.5, solarize=0.5, flip=True, **PLAIN).train)
+  out = train(jax.random.key(0), {"image": np.repeat(image[None], 400, 0)})["image"]
+  want = []
+  for gray, solar, flip in itertools.product((False, True), repeat=3):
+    one = Image.fromarray(image)
+    one = ImageOps.grayscale(one).convert("RGB") if gray else one
+    one = ImageOps.solarize(one) if solar else one
+    want.append(np.asarray(ImageOps.mirror(one) if flip else one) / 255)
+  matches = np.abs(out[:, None] - np.stack(want)[None]).max((2, 3, 4)) < 1.01 * LEVEL
+  assert (matches.sum(1) == 1).all()
+  assert 20 < matches.sum(0).min() <= matches.sum(0).max() < 80  # 50 +- 4.5 standard deviations
+
+
+def test_what_has_probability_zero_is_not_traced():
+  batch, key = batch_of(2, 8, 8), jax.random.key(0)
+  off = dict(color_jitter=(0.4, 0.4, 0.4, 0.1), jitter_prob=0.0, grayscale=0.0, blur=0.0,
+             solarize=0.0)
+  plain, with_off, with_blur = (
+      str(jax.make_jaxpr(augment.make(image_size=8, **options).train)(key, batch))
+      for options in ({}, off, dict(blur=0.1)))
+  assert plain == with_off != with_blur
+
+
+def test_blur_draws_sigma_uniformly():
+  point = np.zeros((13, 13, 1), np.float32)
+  point[6, 6] = 1
+  peak = jax.vmap(image_ops.random_blur, (0, None))(
+      jax.random.split(jax.random.key(0), 1000), jnp.asarray(point))[:, 6, 6, 0]
+  sigma = np.linspace(0.1, 2.0, 1000)
+  heights = 1 / np.exp(-np.arange(-9, 10)[:, None] ** 2 / (2 * sigma**2)).sum(0) ** 2
+  drawn = np.interp(-np.asarray(peak), -heights, sigma)
+  # 1,000 draws: the standard error of these quantiles is at most 0.03.
+  np.testing.assert_allclose(np.quantile(drawn, [0.25, 0.5, 0.75, 1]), [0.575, 1.05, 1.525, 2],
+                             atol=0.12)
+
+
+@pytest.mark.parametrize("flat, on, more", [
+    (False, dict(color_jitter=(0.2, 0.0, 0.0, 0.0), blur=0.5),
+     [dict(grayscale=0.5, solarize=0.5), dict(grayscale=1.0, grayscale_first=True)]),
+    (False, dict(blur=0.5), [dict(color_jitter=(0.0, 0.0, 0.0, 0.5), jitter_prob=0.5)]),
+    (True, dict(color_jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=0.5), [dict(blur=0.5)])])
+def test_operations_that_are_off_leave_the_others_draws(flat, on, more):
+  """On dark gray images some operations change nothing, unless by moving another's draws."""
+  image = np.full((8, 8, 1), 60, np.uint8) if flat else photo(8, 8, 1) // 3
+  batch = {"image": np.broadcast_to(image, (16, 8, 8, 3))}
+  on = dict(image_size=8, flip=True, **PLAIN) | on
+  want = jax.jit(augment.make(**on).train)(jax.random.key(0), batch)["image"]
+  assert np.asarray(want).std(0).max() > 0.01
+  for options in more:
+    got = jax.jit(augment.make(**on | options).train)(jax.random.key(0), batch)["image"]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_grayscale_first_leaves_no_hue_to_turn():
+  image = photo(8, 8, seed=4)
+  gray = np.asarray(ImageOps.grayscale(Image.fromarray(image)).convert("RGB")) / 255
+  options = dict(image_size=8, grayscale=1.0, color_jitter=(0.0, 0.0, 0.0, 0.5), **PLAIN)
+  first, last = (np.asarray(augment.make(grayscale_first=first, **options).train(
+      jax.random.key(0), {"image": np.repeat(image[None], 8, 0)})["image"]) for first in (1, 0))
+  np.testing.assert_allclose(first, np.repeat(gray[None], 8, 0), atol=LEVEL)
+  assert np.abs(last - gray).max() > 0.1 and np.ptp(last, -1).max() < 1e-6
+
+
 EVERYTHING = dict(
     image_size=(20, 16), affine=dict(degrees=10, translate=0.1, scale=(0.9, 1.1), shear=5),
     crop_area=(0.3, 1.0), flip=True, three_augment=True, color_jitter=(0.3, 0.3, 0.3, 0.1),
-    randaugment=(2, 9), erase=0.5, mixup=0.2, cutmix=1.0)
+    jitter_prob=0.8, grayscale=0.2, blur=0.5, solarize=0.2, randaugment=(2, 9), erase=0.5,
+    mixup=0.2, cutmix=1.0)
+TWO_VIEWS = dict(
+    image_size=(20, 16), crop_area=(0.2, 1.0), interpolation="linear",
+    color_jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, grayscale=0.2, blur=1.0, flip=True,
+    second_view=dict(blur=0.1, solarize=0.2))
 
 
-@pytest.mark.parametrize("channels", [1, 4])
-def test_everything_at_once_on_any_channels(channels):
-  recipe = augment.make(**EVERYTHING)
-  out = jax.jit(recipe.train)(jax.random.key(0), batch_of(4, c=channels))
-  chex.assert_shape(out["image"], (4, 20, 16, channels))
+def test_everything_at_once_on_four_channels():
+  out = jax.jit(augment.make(**EVERYTHING).train)(jax.random.key(0), batch_of(4, c=4))
+  chex.assert_shape(out["image"], (4, 20, 16, 4))
   chex.assert_type(out["image"], jnp.float32)
   chex.assert_tree_all_finite(out["image"])
   assert np.asarray(out["image"]).std((1, 2, 3)).min() > 0.05
 
 
-@pytest.mark.parametrize("off, share", [
-    (dict(randaugment=None, three_augment=False), 0.0), ({}, 0.01)])
-def test_eight_devices_as_one_in_one_trace(off, share):
-  batch = batch_of(16)
+@pytest.mark.parametrize("options, channels, share", [(TWO_VIEWS, 3, 0), (EVERYTHING, 1, 0.01)])
+def test_eight_devices_as_one_in_one_trace(options, channels, share):
+  batch = batch_of(16, c=channels)
   sharding = jax.sharding.NamedSharding(
       jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
       jax.sharding.PartitionSpec("data"))
-  recipe = augment.make(**EVERYTHING | off)
+  recipe = augment.make(**options)
   chex.clear_trace_counter()  # it counts by name: another recipe's `train` is the same to it
   train = jax.jit(chex.assert_max_traces(recipe.train, 2))  # one a sharding
   for seed in (0, 1, 2):
     one = train(jax.random.key(seed), jax.device_put(batch, jax.devices()[0]))
     eight = train(jax.random.key(seed), jax.device_put(batch, sharding))
     # Sums in another order differ by 1e-6; where it quantises, a pixel may so fall one level apart.
-    apart = np.abs(np.asarray(one.pop("image")) - np.asarray(eight["image"]))
-    assert (apart > 5e-6).mean() <= share and apart.max() < 0.1
+    for name in {"image", "image_2"} & {*one}:
+      apart = np.abs(np.asarray(one.pop(name)) - np.asarray(eight[name]))
+      assert np.isfinite(apart).all() and np.asarray(eight[name]).std((1, 2, 3)).min() > 0.05
+      assert (apart > 5e-6).mean() <= share and apart.max() < 0.1
     chex.assert_trees_all_close(one, {name: eight[name] for name in one}, atol=1e-6)
   assert eight["image"].sharding.num_devices == 8
 
 
-def test_an_example_depends_on_its_place_and_key_only():
-  batch = batch_of(4)
-  train = jax.jit(augment.make(**EVERYTHING | dict(mixup=0.0, cutmix=0.0)).train)
-  first = train(jax.random.key(0), batch)["image"]
-  other = train(jax.random.key(0), {**batch, "image": batch["image"][[0, 2, 1, 3]]})["image"]
-  chex.assert_trees_all_close(first[jnp.array([0, 3])], other[jnp.array([0, 3])], atol=1e-6)
-  again = train(jax.random.key(1), batch)["image"]
-  assert np.abs(first - again).max((1, 2, 3)).min() > 0.1
+@pytest.mark.parametrize("options", [EVERYTHING | dict(mixup=0.0, cutmix=0.0), TWO_VIEWS])
+def test_an_example_depends_on_its_place_and_key_only(options):
+  batch = batch_of(16)
+  train = jax.jit(augment.make(**options).train)
+  first = train(jax.random.key(0), batch)
+  swapped = {**batch, "image": np.concatenate([batch["image"][:1], batch["image"][:0:-1]])}
+  other, again = train(jax.random.key(0), swapped), train(jax.random.key(1), batch)
+  for name in ("image", "image_2") if "second_view" in options else ("image",):
+    chex.assert_shape(first[name], (16, 20, 16, 3))
+    chex.assert_trees_all_close(first[name][::8], other[name][::8], atol=1e-6)
+    assert np.abs(first[name] - again[name]).max((1, 2, 3)).min() > 0.1
+  if "second_view" in options:
+    assert np.abs(first["image"] - first["image_2"]).max((1, 2, 3)).min() > 0.1
+
+
+@pytest.mark.parametrize("section", [dict, ConfigDict])
+def test_the_second_view_differs_in_its_fields_alone(section):
+  batch = batch_of(3)
+  raw = batch["image"] / 255
+  solar = np.stack([ImageOps.solarize(Image.fromarray(image)) for image in batch["image"]]) / 255
+  recipe = augment.make(image_size=24, **PLAIN, second_view=section({"solarize": 1.0}))
+  out = recipe.train(jax.random.key(0), batch)
+  np.testing.assert_allclose(out["image"], raw, atol=1e-6)
+  np.testing.assert_allclose(out["image_2"], solar, atol=1e-6)
+  assert {*out} == {"image", "image_2", "label"}
+  recipe = augment.make(image_size=24, **PLAIN, solarize=1.0, second_view=section({"std": 2.0}))
+  out = recipe.train(jax.random.key(0), batch)
+  np.testing.assert_allclose(out["image"], solar, atol=1e-6)
+  np.testing.assert_allclose(out["image_2"], solar / 2, atol=1e-6)
+  out = recipe.eval(batch)
+  np.testing.assert_allclose(out["image"], raw, atol=1e-6)
+  assert {*out} == {"image", "label"}
 
 
 def test_flip_mirrors_half_and_nothing_else():
@@ -396,6 +553,25 @@ def test_cropped_by_the_host_is_only_normalised():
     recipe.train(jax.random.key(0), batch_of(2, 24, 20))
 
 
+def test_two_crops_by_the_host_become_the_two_views():
+  batch, recipe = batch_of(3), augment.make(image_size=24, cropped=True, second_view={})
+  batch["image_2"] = batch["image"][::-1].copy()
+  out = recipe.train(jax.random.key(0), batch)
+  for name in ("image", "image_2"):
+    np.testing.assert_allclose(out[name], batch[name] / 127.5 - 1, atol=1e-6)
+  kept = recipe.eval(batch)["image_2"]
+  chex.assert_trees_all_equal(kept, batch["image_2"])
+  with pytest.raises(ValueError, match=r"augment\.second_view.*'image_2', not only \['image', 'l"):
+    recipe.train(jax.random.key(0), batch_of(2))
+
+
+def test_the_config_section_is_checked():
+  section = dict(image_size=8, blur=0.5, second_view={})
+  assert recipes.arguments(augment.make, ConfigDict(section), "augment") == section
+  with pytest.raises(ValueError, match=r"config\.augment\.flipp.*did you mean 'flip'"):
+    recipes.arguments(augment.make, dict(flipp=True), "augment")
+
+
 @pytest.mark.parametrize("wrong, message", [
     (dict(image_size=0), r"augment\.image_size = 0"),
     (dict(image_size=(3, 4, 5)), r"augment\.image_size"),
@@ -411,6 +587,18 @@ def test_cropped_by_the_host_is_only_normalised():
     (dict(color_jitter=(1, 1, 1, 0.6)), r"augment\.color_jitter"),
     (dict(randaugment=(0, 9)), r"augment\.randaugment = \(0, 9\)"),
     (dict(randaugment=(2, 31)), r"augment\.randaugment"),
+    (dict(interpolation="nearest"), r"augment\.interpolation = 'nearest'.*'linear'"),
+    (dict(jitter_prob=-0.1), r"augment\.jitter_prob = -0\.1"),
+    (dict(grayscale=2), r"augment\.grayscale = 2: must be in \[0, 1\]"),
+    (dict(blur=1.1), r"augment\.blur = 1\.1"),
+    (dict(solarize=-1), r"augment\.solarize = -1"),
+    (dict(second_view=True), r"augment\.second_view = True: must be None or a dict"),
+    (dict(second_view=dict(blurr=1.0)), r"augment\.second_view\.blurr: .*did you mean 'blur'"),
+    (dict(second_view=dict(blur=2.0)), r"augment\.second_view\.blur = 2\.0"),
+    (dict(second_view=dict(image_size=9)), r"augment\.second_view\.image_size: .*allowed: "),
+    (dict(second_view=dict(mixup=1.0)), r"augment\.second_view\.mixup"),
+    (dict(second_view={}, mixup=0.2), r"augment\.mixup = 0\.2: must be 0 with a second_view"),
+    (dict(second_view={}, cutmix=1.0), r"augment\.cutmix = 1\.0"),
     (dict(erase=1.5), r"augment\.erase = 1\.5"),
     (dict(mixup=-0.1), r"augment\.mixup = -0\.1"),
 ])
