@@ -39,7 +39,7 @@ def outcome(workdir):
           for row in read_metrics(workdir)]
   store = checkpoints.Checkpoints(workdir, read_only=True)
   items = store.manager.restore(store.steps()[-1], args=None)
-  trees = {name: items[name] for name in ("params", "opt", "ema")}
+  trees = {name: items[name] for name in ("params", "opt", "extra", "ema") if name in items}
   return rows, [np.asarray(x) for x in jax.tree.leaves(trees)]
 
 

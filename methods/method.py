@@ -9,10 +9,12 @@ class Method(NamedTuple):
 
   `extra` is what it carries beside parameters (momentum encoder, queue, statistics); {} for most.
   `draw` adds to a batch the randomness that belongs to its examples (noise, times). It sees the
-  whole global batch, so that accumulating gradients over parts of it changes nothing.
+  whole global batch, so that accumulating gradients over parts of it changes nothing. `warn` looks
+  at logged metrics for what a person should know; it is said once.
   """
 
   init: Callable  # (rng, batch) -> (params, extra)
   loss: Callable  # (params, extra, batch, rng, step) -> (scalar, (extra, metrics))
   predict: Mapping[str, Callable]  # name -> (params, extra, batch, rng) -> leading batch axis
   draw: Callable = lambda rng, batch: batch  # (rng, batch) -> batch
+  warn: Callable = lambda metrics: ""  # {name: float} -> a warning, or ""

@@ -46,6 +46,7 @@ NP_DECAYS = {  # share of the way, steps so far -> multiplier, for end = 0.1 and
   "linear": lambda share, t: 1 - 0.9 * share,
   "constant": lambda share, t: 1.0,
   "rsqrt": lambda share, t: np.sqrt(30 / (30 + t)),
+  "multistep": lambda share, t: 0.1 ** sum(share >= at for at in (0.5, 0.75)),
 }
 
 
@@ -63,7 +64,7 @@ def test_schedule(name, warmup, cooldown):
 
   steps = np.array([0, 1, 9, 10, 11, 45, 79, 80, 81, 90, 99, 100])
   rate = schedule.make(total_steps=100, name=name, warmup_steps=warmup, cooldown_steps=cooldown,
-                       end=0.1, timescale=30)
+                       end=0.1, timescale=30, drops=(0.5, 0.75))
   np.testing.assert_allclose(jax.jit(rate)(jnp.asarray(steps)), [expected(s) for s in steps],
                              rtol=3e-6, atol=1e-6)
 

@@ -24,6 +24,26 @@ def decay_mask(pattern: str) -> Callable:
     lambda path, _: re.search(pattern, re.sub(r"/\d+$", "", path_name(path))) is not None, params)
 
 
+def stop_frozen(pattern: str | None, params):
+  """params with no gradient where the path matches `pattern` (None: nowhere)."""
+  return params if pattern is None else jax.tree.map_with_path(
+    lambda path, x: jax.lax.stop_gradient(x) if re.search(pattern, path_name(path)) else x, params)
+
+
+def leave_frozen(pattern: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx` on all parameters but those whose path matches: they stay, and have no optimizer state."""
+  def labels(params):
+    tree = jax.tree.map_with_path(
+      lambda path, _: "frozen" if re.search(pattern, path_name(path)) else "trained", params)
+    if set(jax.tree.leaves(tree)) != {"frozen", "trained"}:
+      paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+      raise ValueError(f"optimizer.frozen = {pattern!r}: must match some parameters and not all; "
+                       f"they are {', '.join(paths)}")
+    return tree
+
+  return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
   """Shows `tx` each layer of a stacked parameter as one of its own.
 
@@ -122,7 +142,7 @@ FIELDS = {p.name: p.annotation for function, _ in OPTIMIZERS.values()
 
 def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float | None = None,
          base_lr: float | None = None, weight_decay: float = 0.0, decay: str = r"kernel$",
-         clip_norm: float | None = None, **options):
+         frozen: str | None = None, clip_norm: float | None = None, **options):
   """Returns (optax transformation, step -> learning rate).
 
   Args:
@@ -133,6 +153,7 @@ def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float 
     weight_decay: decoupled and times the rate (in the gradient for sgd and lars).
     decay: regular expression; parameters whose path matches decay. The default leaves out biases,
       norms, positions and tokens.
+    frozen: regular expression; parameters whose path matches are not trained.
     clip_norm: global norm that gradients are clipped to; None = not clipped.
     **options: keywords of the optimizer's row above (b1, b2, eps, momentum, ...).
   """
@@ -150,4 +171,5 @@ def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float 
 
   tx = build(rate, weight_decay, decay_mask(decay), **options)
   tx = per_layer(tx) if layerwise else tx
-  return (optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx), rate
+  tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx
+  return (leave_frozen(frozen, tx) if frozen else tx), rate

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.optimizer import stop_frozen
+
 
 class TrainState(NamedTuple):
   """All that is carried from step to step, arrays only: this is the checkpoint."""
@@ -31,10 +33,11 @@ def make_init(method, tx, evaluate_batch: Callable, spec, seed: int, with_ema: b
 
 
 def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int = 1,
-              ema_decay: float = 0.0, mesh=None) -> Callable:
+              ema_decay: float = 0.0, frozen: str | None = None, mesh=None) -> Callable:
   """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
-  `mesh` is where it will run, for models that say how activations are split.
+  `mesh` is where it will run, for models that say how activations are split; `frozen` is the
+  optimizer's.
 
   All randomness follows from (seed, step). With `accumulate` > 1 the gradient is averaged over so
   many parts of the batch, one after another: each example's augmentation and draws stay what they
@@ -44,8 +47,11 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
 
   def gradients(params, extra, batch, rng, step):
     """((loss, (extra, metrics)), gradients) of one part."""
+    def loss(params, *rest):
+      return method.loss(stop_frozen(frozen, params), *rest)
+
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
-      return jax.value_and_grad(method.loss, has_aux=True)(params, extra, batch, rng, step)
+      return jax.value_and_grad(loss, has_aux=True)(params, extra, batch, rng, step)
 
   def accumulated(params, extra, batch, rng, step):
     # Part j takes rows j, j + accumulate, ...: so each device keeps its own rows.
@@ -85,7 +91,7 @@ def count_flops(function: Callable, *args) -> int:
   """FLOPs of the matrix products and convolutions in a function, from its jaxpr.
 
   Multiply-adds count two. A scanned body counts as often as it runs, which the compiler's own
-  figure gets wrong. Rematerialisation does not count: trace the forward pass.
+  figure gets wrong. A rematerialised part counts each time.
   """
   def visit(jaxpr, times):
     total = 0
