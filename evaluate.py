@@ -1,9 +1,14 @@
 """Evaluates a run directory: python evaluate.py --workdir=DIR [--step=N] [--config.evals.knn.k=10].
 
 Runs the evaluators of its config, baselines included, prints their numbers and writes figures.
+
+  python evaluate.py --workdir=DIR --zero_shot.classes="a, b, c" --images="PATH/*.png"
+
+prints instead how likely each of your images is of each class, by a run on images and texts.
 """
 
 import argparse
+import glob
 import json
 import sys
 from pathlib import Path
@@ -12,22 +17,53 @@ from train import parse_overrides
 from trainer import environment
 
 
+def classify_images(run, pattern: str, classes: str, templates: list[str]) -> list[dict]:
+  """[{"image": path, class: probability, ...}] of the files that `pattern` matches."""
+  from evaluators import retrieval, zero_shot
+  from input_pipeline import sources
+  if run.tokenize is None:
+    raise ValueError("--zero_shot.classes needs a run on images and texts, as of configs/clip.py")
+  paths = sorted(glob.glob(pattern, recursive=True))
+  if not paths:
+    raise FileNotFoundError(f"--images={pattern}: no such file")
+  names = zero_shot.parse_classes(classes)
+  text = zero_shot.class_embeddings(
+    lambda prompts: retrieval.embed_text(run.predict, run.tokenize(prompts)), names, templates)
+  rows = []
+  for path in paths:
+    pixels = sources.decode({"image": Path(path), "name": path}, run.config.model.channels)
+    image = run.predict("embed_image", {"image": run.preprocess(pixels[None])})
+    chances = zero_shot.classify(image, text, run.predict("logit_scale", {}))[0]
+    rows.append({"image": path, **dict(zip(names, map(float, chances)))})
+  return rows
+
+
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", required=True, help="a run directory made by train.py")
   parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
   parser.add_argument("--data_dir", help="where data sets are looked for")
+  parser.add_argument("--images", help="a pattern of image files, with --zero_shot.classes")
+  parser.add_argument("--zero_shot.classes", dest="classes", help="names, with commas between")
+  parser.add_argument("--zero_shot.template", dest="templates", action="append",
+                      help="a prompt with {} for the name; several are averaged; default '{}'")
   parser.add_argument("--json", action="store_true", help="print one line of JSON instead")
   environment.add_flags(parser)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, parser)
 
+  if bool(args.images) != bool(args.classes):
+    parser.error("--images and --zero_shot.classes go together")
   environment.prepare(args)
   from trainer import checkpoints, evaluation, recipe
   from trainer.logging import print_evaluations
   try:
     run = checkpoints.load_run(args.workdir, args.step)
+    if args.images:
+      rows = classify_images(run, args.images, args.classes, args.templates or ["{}"])
+      print(json.dumps(rows)) if args.json else print_images(rows)
+      return 0
     for key, value in overrides.items():
       recipe.override(run.config, key, value)
     built = recipe.build(run.config, args.data_dir)
@@ -42,6 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     print_evaluations(metrics)
     print("figures:", *sorted(map(str, (Path(args.workdir) / "figures").glob("*.png"))))
   return 0
+
+
+def print_images(rows: list[dict]):
+  for row in rows:
+    path = row.pop("image")
+    best = sorted(row.items(), key=lambda item: -item[1])
+    print(f"{path}: " + ", ".join(f"{name} {chance:.1%}" for name, chance in best[:5]))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     data = batches.stand_in(
       config.data.source, config.data.batch_size, augment.get("image_size"),
       model.get("channels") or (len(mean) if isinstance(mean, tuple) else None),
-      model.get("num_classes") or (0 if config.method.name != "supervised" else None))
+      model.get("num_classes") or (0 if config.method.name != "supervised" else None),
+      views=1 if augment.get("second_view") is None else 2,
+      **{name: config.data[name] for name in
+         ("tokenizer", "context", "vocab_size", "eos_id", "pad_id") if name in config.data})
     built = recipe.build(config, data=data, devices=plan.topology_devices(args.topology))
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -6,8 +6,10 @@ share it. Small data is decoded once and gathered from memory; the rest streams 
 """
 
 import functools
+import itertools
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,32 +21,42 @@ import numpy as np
 from absl import flags
 from rich.progress import track
 
-from input_pipeline import sources
+from input_pipeline import sources, text
 
-SHUFFLE, CROP = range(2)  # the purposes of randomness
+CHOICES = {"on_error": ("raise", "skip")}
+SHUFFLE, CROP, CROP_2, CAPTION, PERMUTE = range(5)  # the purposes of randomness
 
 
 class Data(NamedTuple):
   """The batches of a source; each is a dict of NumPy arrays: image uint8 (b, h, w, c), label (b,).
+
+  With a tokenizer also text, int32 (b, l): in training one of the image's captions, drawn anew
+  each time; in evaluation the first, and besides captions (b, m, l), of which the first
+  num_captions (b,) are the image's and the rest padding.
 
   `rows`, a slice or an index array, are the rows of the global batch that this process holds.
   """
   info: sources.Info
   train: Callable  # (start, stop, rows=None) -> iterator over the batches start .. stop - 1
   eval: Callable  # (split=None, batch_size, rows=None) -> iterator, each example once, in order;
-  #                 "valid" (b,) is False on the rows that fill up the last batch
+  #                 "valid" (b,) is False on bad records and on rows that fill up the last batch
   cropped: bool  # training images come cropped and resized to image_size, else at their own size
   spec: dict[str, jax.ShapeDtypeStruct]  # of the global training batch
   train_split: str
   eval_split: str | None
+  tokenizer: text.Tokenizer | None
 
 
 def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int = 0,
          image_size: int | tuple[int, int] | None = None, train_split: str = "train",
          eval_split: str | None = None, cache_bytes: int = 2**30, workers: int = 0,
-         prefetch_batches: int = 2, repeats: int = 1,
+         prefetch_batches: int = 2, repeats: int = 1, views: int = 1,
          crop_area: tuple[float, float] | None = None,
-         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Data:
+         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3), on_error: str = "raise",
+         tokenizer: str | None = None, context: int = 64, vocab_size: int = 1024,
+         lower_case: bool = False, eos_id: int | None = None, pad_id: int | None = None,
+         permute_text: bool = False, favour: str | None = None,
+         favour_share: float = 0.5) -> Data:
   """Makes the batches of a source.
 
   A split whose decoded images are all of one size and fit in `cache_bytes` is held in memory, its
@@ -54,19 +66,30 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
   Args:
     source, data_dir: see `sources.open_source`.
     batch_size: of the global training batch, at most the number of training examples.
-    seed: of the order and the crops.
+    seed: of the order, the crops and the choice of captions.
     image_size: side or (h, w) in pixels; may be None if all images have one size.
     eval_split: what `eval` reads if it is asked for no split; None = test, val or validation.
     cache_bytes: for the decoded images of one split; 0 = always stream.
     workers: processes that decode when streaming; 0 = threads of this process.
     repeats: times that an example is drawn in a row, augmented anew (1901.09335).
+    views: crops of each training image when streaming, 1 or 2; the second is "image_2".
     prefetch_batches: batches (when streaming: of each worker) made ahead.
     crop_area, crop_ratio: see `random_box`.
+    on_error: "raise" on a record that cannot be used, or "skip" it and warn: in training the next
+      good one of the split stands in for it, in evaluation it is not valid. Bad rows of a metadata
+      file are left out altogether.
+    tokenizer: "bytes", "bpe", which is trained on the captions of `train_split` (a spread of
+      100,000 examples if there are more), or PATH.json; None = no text.
+    context, vocab_size, lower_case, eos_id, pad_id: see `text.make`.
+    permute_text: whether each training image has the captions of another, always the same one, so
+      that nothing can be learnt: for control.
+    favour: regular expression; `favour_share` of the training examples are those with a caption
+      that it matches from the start, in an order of their own. None = no favourites.
 
   Raises:
     ValueError, FileNotFoundError: a field of the configuration or a record that does not do.
   """
-  splits, info = sources.open_source(source, data_dir)
+  splits, info = sources.open_source(source, data_dir, on_error)
   if eval_split is None:
     eval_split = next((s for s in ("test", "val", "validation") if s in splits), None)
   _check_split("data.train_split", train_split, splits)
@@ -88,52 +111,105 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
   size = tuple(size)
   # The margin that centre crops leave is the counterpart of random crops, which enlarge things.
   margin = 256 / 224 if crop_area else 1.0
+  centre = None if native == size else functools.partial(centre_box, size, margin)
+
+  for field, value in {"tokenizer": tokenizer, "favour": favour}.items():
+    if value is not None and "text" not in splits[train_split][0]:
+      has = sorted(splits[train_split][0].keys() - {"name"})
+      raise ValueError(f"data.{field}={value!r} needs captions, but split {train_split!r} of "
+                       f"{source!r} has {' and '.join(has)} only")
+  tokens = None if tokenizer is None else text.make(
+    tokenizer, itertools.chain.from_iterable(read_captions(splits[train_split], on_error, 100_000)),
+    context=context, vocab_size=vocab_size, lower_case=lower_case, eos_id=eos_id, pad_id=pad_id)
+  favourites = None if favour is None else find_favourites(
+    read_captions(splits[train_split], on_error), favour, favour_share)
+  other = derangement(n, seed) if tokens and permute_text else None
+
+  skipped = {split: {} for split in splits}  # record number -> error, of what was streamed so far
 
   def is_cached(split: str) -> bool:
     return native is not None and info.num_examples[split] * math.prod(
       info.image_shape) <= cache_bytes
 
+  def parse(record, boxes=(None,)) -> dict[str, np.ndarray]:
+    """A record as arrays: its crops and label; and its captions. Raises sources.BadRecord."""
+    result = {name: sources.decode(record, channels, size if box else None, box)
+              for name, box in zip(("image", "image_2"), boxes)}
+    if "label" in record:
+      result["label"] = np.int32(record["label"])
+    if tokens and "text" in record:
+      result["captions"] = sources.captions(record)
+    return result
+
   @functools.cache
   def cache(split: str) -> dict[str, np.ndarray]:
-    return load(splits[split], split, info.image_shape)
+    return load(splits[split], parse, split, info.image_shape, on_error, tokens)
 
-  def read(split, numbers, batch_size, rows, index_of, box_of, mark):
+  def read(split, numbers, batch_size, rows, index_of, boxes_of, is_train):
     rows = np.arange(batch_size)[slice(None) if rows is None else rows]
 
-    def finish(batch, position):
-      return batch | {"valid": position < info.num_examples[split]} if mark else batch
+    def finish(arrays, position):
+      """The arrays of the batch, or of the example, at `position`."""
+      bad = arrays.pop("bad")
+      if not is_train:
+        arrays["valid"] = (position < info.num_examples[split]) & ~bad
+      if "captions" in arrays:
+        captions, count = arrays["captions"], arrays["num_captions"]
+        drawn = (uniform(position, n=n, seed=seed) * count).astype(int) if is_train else 0 * count
+        arrays["text"] = np.take_along_axis(captions, drawn[..., None, None], -2)[..., 0, :]  # b l
+        if is_train:
+          del arrays["captions"], arrays["num_captions"]
+      return arrays
 
     if is_cached(split):
-      arrays = cache(split)
+      arrays = cache(split) if numbers else {}
 
       def gather(number):
         position = number * batch_size + rows
         index = index_of(position)
-        return finish({key: np.take(a, index, axis=0) for key, a in arrays.items()}, position)
+        text_of = other[index] if is_train and other is not None else index
+        return finish({key: np.take(a, text_of if "captions" in key else index, axis=0)
+                       for key, a in arrays.items()}, position)
       return prefetch(map(gather, numbers), prefetch_batches)
 
     records = splits[split]
+    most = most_captions(records) if numbers and not is_train else 0
 
     def example(i):
       number, row = divmod(i, len(rows))
       position = (numbers.start + number) * batch_size + rows[row]
-      record = records[int(index_of(position))]
-      image = sources.decode(record, channels, None if (box := box_of(position)) is None else size,
-                             box)
-      label = {"label": np.int32(record["label"])} if "label" in record else {}
-      return finish({"image": image} | label, position)
-    return stream(example, len(numbers), len(rows), workers, prefetch_batches)
+      index = int(index_of(position))
+      found, arrays = first_good(records, index, functools.partial(
+        parse, boxes=boxes_of(position)), on_error)
+      if is_train and other is not None:
+        arrays["captions"] = first_good(records, int(other[index]), parse, on_error)[1]["captions"]
+      if "captions" in arrays:
+        ids, count = encode_captions(tokens, [arrays["captions"]], most)
+        arrays |= {"captions": ids[0], "num_captions": count[0]}
+      arrays["bad"] = np.bool(found != index)
+      told = {"skipped": np.int32(index if arrays["bad"] else -1)} if on_error == "skip" else {}
+      return finish(arrays, position) | told
+    made = stream(example, len(numbers), len(rows), workers, prefetch_batches)
+    return tell(made, records, parse, split, skipped[split]) if on_error == "skip" else made
+
+  def pick(position):
+    """The training example at each position of the run."""
+    position = position // repeats
+    if favour is None:
+      return shuffled(position, n=n, seed=seed)
+    # Favourites come at equal distances: as many before a position as its share, rounded down.
+    before, after = (np.floor((position + i) * favour_share).astype(int) for i in (0, 1))
+    return np.where(after > before,
+                    favourites[shuffled(before, n=len(favourites), seed=seed)],
+                    shuffled(position - before, n=n, seed=seed))
 
   def train(start: int, stop: int, rows=None) -> Iterator[dict[str, np.ndarray]]:
-    def box_of(position):
-      if crop_area:
-        return functools.partial(random_box, _generator(seed, CROP, position), crop_area,
-                                 crop_ratio)
-      return centre
-    return read(train_split, range(start, stop), batch_size, rows,
-                lambda position: shuffled(position // repeats, n=n, seed=seed), box_of, False)
-
-  centre = None if native == size else functools.partial(centre_box, size, margin)
+    def boxes_of(position):
+      if not crop_area:
+        return [centre] * views
+      return [functools.partial(random_box, _generator(seed, purpose, position), crop_area,
+                                crop_ratio) for purpose in (CROP, CROP_2)[:views]]
+    return read(train_split, range(start, stop), batch_size, rows, pick, boxes_of, True)
 
   def evaluate(split: str | None = None, batch_size: int = batch_size, rows=None):
     split = eval_split if split is None else split
@@ -141,21 +217,27 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     _check_least("batch_size", batch_size, 1)
     count = info.num_examples[split]
     return read(split, range(-(-count // batch_size)), batch_size, rows,
-                lambda position: np.where(position < count, position, 0), lambda _: centre, True)
+                lambda position: np.where(position < count, position, 0), lambda _: [centre], False)
 
   cropped = not is_cached(train_split)
   spec = {"image": jax.ShapeDtypeStruct((batch_size, *(size if cropped else native), channels),
                                         np.uint8)}
+  if cropped and views == 2:
+    spec["image_2"] = spec["image"]
   if info.num_classes:
     spec["label"] = jax.ShapeDtypeStruct((batch_size,), np.int32)
-  return Data(info, train, evaluate, cropped, spec, train_split, eval_split)
+  if tokens:
+    spec["text"] = jax.ShapeDtypeStruct((batch_size, context), np.int32)
+  return Data(info, train, evaluate, cropped, spec, train_split, eval_split, tokens)
 
 
 def stand_in(source: str, batch_size: int, image_size=None, channels: int | None = None,
-             num_classes: int | None = None, train_examples: int = 1_281_167) -> Data:
+             num_classes: int | None = None, train_examples: int = 1_281_167,
+             views: int = 1, tokenizer: str | None = None, **text_options) -> Data:
   """Data that has shapes and cannot be read: for planning a run where its data set is not.
 
-  The embedded source knows its own shapes; of others the caller has to say them.
+  The embedded source knows its own shapes; of others the caller has to say them. `text_options`
+  are those of `text.make`; its "bpe" has its shapes without having seen a caption.
 
   Raises:
     ValueError: the image size, channels or number of classes is not known.
@@ -171,11 +253,15 @@ def stand_in(source: str, batch_size: int, image_size=None, channels: int | None
       raise ValueError(f"without the data of {source!r}, the config must say {', '.join(unknown)}")
     size = image_size
   size = (size, size) if isinstance(size, int) else tuple(size)
-  spec = {"image": jax.ShapeDtypeStruct((batch_size, *size, channels), np.uint8)}
+  image = jax.ShapeDtypeStruct((batch_size, *size, channels), np.uint8)
+  spec = dict.fromkeys(("image", "image_2")[:views], image)
   if num_classes:
     spec["label"] = jax.ShapeDtypeStruct((batch_size,), np.int32)
+  tokens = None if tokenizer is None else text.make(tokenizer, **text_options)
+  if tokens:
+    spec["text"] = jax.ShapeDtypeStruct((batch_size, tokens.context), np.int32)
   info = sources.Info((*size, channels), num_classes, (), {"train": train_examples}, "")
-  return Data(info, None, None, True, spec, "train", None)
+  return Data(info, None, None, True, spec, "train", None, tokens)
 
 
 def _check_split(field: str, split: str, splits) -> None:
@@ -197,18 +283,55 @@ def _generator(seed: int, purpose: int, index: int) -> np.random.Generator:
   return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, purpose]))
 
 
-@functools.lru_cache(2)  # a batch touches two epochs at most
+@functools.lru_cache(4)  # a batch touches two epochs at most, with favourites of two orders
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
   return _generator(seed, SHUFFLE, epoch).permutation(n)
 
 
+@functools.lru_cache(2)
+def _uniform(seed: int, epoch: int, n: int) -> np.ndarray:
+  return _generator(seed, CAPTION, epoch).random(n)
+
+
+def _entry(table: Callable, position: np.ndarray, n: int, seed: int) -> np.ndarray:
+  """What stands at each position of the endless sequence of an epoch's tables of n entries."""
+  epoch, offset = np.divmod(position, n)
+  result = table(seed, int(np.max(epoch)), n)[offset]
+  for e in np.unique(epoch)[:-1]:
+    result = np.where(epoch == e, table(seed, int(e), n)[offset], result)
+  return result
+
+
 def shuffled(position: np.ndarray, *, n: int, seed: int) -> np.ndarray:
   """The example at each position of the endless sequence of epochs, each a permutation of n."""
-  epoch, offset = np.divmod(position, n)
-  index = np.empty_like(offset)
-  for e in np.unique(epoch):
-    index = np.where(epoch == e, _permutation(seed, int(e), n)[offset], index)
-  return index
+  return _entry(_permutation, position, n, seed)
+
+
+def uniform(position: np.ndarray, *, n: int, seed: int) -> np.ndarray:
+  """A number in [0, 1) for each position, that depends on nothing else."""
+  return _entry(_uniform, position, n, seed)
+
+
+def derangement(n: int, seed: int) -> np.ndarray:
+  """Another one of n for each of n, all different: the next one on a random round."""
+  order = _generator(seed, PERMUTE, 0).permutation(n)
+  result = np.empty(n, int)
+  result[order] = np.roll(order, 1)
+  return result
+
+
+def find_favourites(captions: Iterable[tuple[str, ...]], pattern: str, share: float) -> np.ndarray:
+  """The numbers of the examples with a caption that `pattern` matches from its start."""
+  if not 0 < share < 1:
+    raise ValueError(f"data.favour_share={share}: expected a number in (0, 1)")
+  try:
+    matches = re.compile(pattern).match
+  except re.error as e:
+    raise ValueError(f"data.favour={pattern!r} is not a regular expression: {e}") from e
+  found = np.flatnonzero([any(map(matches, texts)) for texts in captions])
+  if not len(found):
+    raise ValueError(f"data.favour={pattern!r} matches no caption from its start")
+  return found
 
 
 # Crops -------------------------------------------------------------------------------------------
@@ -249,25 +372,114 @@ def centre_box(size: tuple[int, int], margin: float, height: int,
 # Reading -----------------------------------------------------------------------------------------
 
 
-def load(split, name: str, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-  """Decodes a whole split into arrays: image uint8 (n, h, w, c) and label int32 (n,) if any."""
-  images = np.empty((len(split), *shape), np.uint8)
+def scan(records, limit: int | None = None) -> Iterator[dict]:
+  """The records of a split, or a spread of at most `limit`, in order."""
+  indices = range(0, len(records), -(-len(records) // limit) if limit else 1)
+  for start in range(0, len(indices), 256):
+    yield from records.__getitems__(indices[start:start + 256])
+
+
+def read_captions(records, on_error: str, limit: int | None = None) -> Iterator[tuple[str, ...]]:
+  """The captions of each record of a `scan`; none of a bad one that is skipped."""
+  for record in scan(records, limit):
+    try:
+      yield sources.captions(record)
+    except sources.BadRecord:
+      if on_error == "raise":
+        raise
+      yield ()
+
+
+def most_captions(records) -> int:
+  """Of the image that has most. Where one record's text is a string, so is every other's."""
+  if not isinstance(records[0].get("text"), tuple):
+    return 1
+  return max(len(record["text"]) for record in scan(records))
+
+
+def encode_captions(tokens: text.Tokenizer, captions: list[tuple[str, ...]],
+                    most: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """(token ids (n, m, l), captions (n,)) of n images, m at least `most`; the rest is padding."""
+  count = np.array([len(texts) for texts in captions], np.int32)
+  most = max(most, count.max())
+  ids = np.full((len(captions), most, tokens.context), tokens.pad_id, np.int32)
+  ids[np.arange(most) < count[:, None]] = tokens.encode([*itertools.chain.from_iterable(captions)])
+  return ids, count
+
+
+def first_good(records, index: int, parse: Callable, on_error: str) -> tuple[int, dict]:
+  """(its number, what `parse` makes of it) for a record or, skipping, the next good one."""
+  for found in itertools.chain(range(index, len(records)), range(index)):
+    try:
+      return found, parse(records[found])
+    except sources.BadRecord as e:
+      if on_error == "raise":
+        raise
+      error = e
+  raise ValueError(f"no record of the split can be read: {error}")
+
+
+def load(records, parse: Callable, name: str, shape: tuple[int, int, int], on_error: str,
+         tokens: text.Tokenizer | None) -> dict[str, np.ndarray]:
+  """Reads a whole split into arrays, good records in the place of bad ones that are skipped.
+
+  image uint8 (n, h, w, c), bad (n,) and, if any, label int32 (n,), captions int32 (n, m, l) and
+  num_captions int32 (n,).
+  """
+  n, errors = len(records), {}
+  images = np.empty((n, *shape), np.uint8)
 
   def fill(start):
-    records = split.__getitems__(range(start, min(start + 256, len(split))))
-    for i, record in enumerate(records, start):
-      image = sources.decode(record, shape[-1])
-      if image.shape != shape:
-        raise ValueError(f"{record['name']} is {image.shape}, not {shape} like the rest; set "
-                         "data.cache_bytes=0 and augment.image_size to have images resized")
-      images[i] = image
-    return [record["label"] for record in records if "label" in record]
+    rows = []
+    for i, record in enumerate(records.__getitems__(range(start, min(start + 256, n))), start):
+      try:
+        row = parse(record)
+      except sources.BadRecord as e:
+        errors[i] = e
+        _, row = first_good(records, i, parse, on_error)
+      if row["image"].shape != shape:
+        raise ValueError(f"{record['name']} is {row['image'].shape}, not {shape} like the rest; set"
+                         " data.cache_bytes=0 and augment.image_size to have images resized")
+      images[i] = row.pop("image")
+      rows.append(row)
+    return rows
 
-  starts = range(0, len(split), 256)
+  starts = range(0, n, 256)
   with ThreadPoolExecutor(os.cpu_count()) as pool:
-    labels = sum(track(pool.map(fill, starts), f"decoding {name}", len(starts), transient=True,
-                       disable=len(starts) < 100), [])
-  return {"image": images} | ({"label": np.array(labels, np.int32)} if labels else {})
+    rows = list(itertools.chain.from_iterable(
+      track(pool.map(fill, starts), f"decoding {name}", len(starts), transient=True,
+            disable=len(starts) < 100)))
+  sources.tell_skipped([errors[i] for i in sorted(errors)], f"the {n} records of split {name!r}")
+  arrays = {"image": images, "bad": np.isin(np.arange(n), [*errors])}
+  if "label" in rows[0]:
+    arrays["label"] = np.array([row["label"] for row in rows])
+  if "captions" in rows[0]:
+    arrays["captions"], arrays["num_captions"] = encode_captions(
+      tokens, [row["captions"] for row in rows])
+  return arrays
+
+
+def tell(batches: Iterator[dict], records, parse: Callable, name: str,
+         known: dict[int, sources.BadRecord]) -> Iterator[dict]:
+  """Takes "skipped" out of the batches; warns of the first bad record and, at the end, of all.
+
+  `known` are those that were met before, and gets the others.
+  """
+  before = len(known)
+  try:
+    for batch in batches:
+      for i in sorted(set(batch.pop("skipped").tolist()) - {-1, *known}):
+        try:
+          parse(records[i])  # once more: only the process that read it knows what it was
+        except sources.BadRecord as e:
+          known[i] = e
+          if len(known) == 1:
+            sources.tell_skipped([e], f"the {len(records)} records of split {name!r} so far")
+      yield batch
+  finally:
+    batches.close()
+    if len(known) > max(before, 1):
+      sources.tell_skipped([*known.values()], f"the {len(records)} records of split {name!r}")
 
 
 def stream(example: Callable[[int], dict], num_batches: int, batch_size: int, workers: int,

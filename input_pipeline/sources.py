@@ -3,12 +3,15 @@
 Every source gives random access to encoded records; `decode` turns one into pixels.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,8 +21,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline import glyphs
+from input_pipeline import glyphs, text
 
+log = logging.getLogger("vitrine")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "test", "val", "validation")  # the sub-folders that are splits
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -36,10 +40,25 @@ class Info(NamedTuple):
 
 
 class Source(NamedTuple):
-  """`splits[name][i]` is {"image": encoded bytes, "name": str} and, where the data has them,
-  "label": int and "text": str, or a tuple of the captions of one image."""
+  """`splits[name][i]` is {"image": encoded bytes or their file, "name": str} and, where the data
+  has them, "label": int and "text": str, or a tuple of captions where images have several."""
   splits: Mapping[str, Sequence]
   info: Info
+
+
+class BadRecord(ValueError):
+  """BadRecord(kind, message): one that `data.on_error="skip"` passes over, counted by its kind."""
+
+  def __str__(self):
+    return self.args[1]
+
+
+def tell_skipped(errors: Sequence[BadRecord], source: str) -> None:
+  """Warns of what was passed over, if anything: how many of each kind, and the first."""
+  if errors:
+    kinds = Counter(error.args[0] for error in errors)
+    log.warning("data.on_error='skip': passed over %d of %s (%s). The first: %s", len(errors),
+                source, ", ".join(f"{kind} {n}" for kind, n in kinds.items()), errors[0])
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
@@ -48,13 +67,14 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
   return f"allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def open_source(source: str, data_dir: str | None = None) -> Source:
+def open_source(source: str, data_dir: str | None = None, on_error: str = "raise") -> Source:
   """Opens a source for random access; prepares a TFDS set on first use.
 
   Args:
     source: `glyphs`, `glyphs/letters_16`, `tfds:NAME[/CONFIG]`, `tfds:PATH` (a prepared folder) or
       `folder:PATH`, see `_open_folder`.
     data_dir: where TFDS keeps its sets; its own default if None.
+    on_error: "skip" passes over the bad rows of a metadata file, and warns of their number.
 
   Raises:
     ValueError, FileNotFoundError: an unknown source, or one that cannot be read, and why.
@@ -65,7 +85,7 @@ def open_source(source: str, data_dir: str | None = None) -> Source:
   if scheme == "tfds" and rest:
     return _open_tfds(_tfds_builder(rest, data_dir))
   if scheme == "folder" and rest:
-    return _open_folder(Path(rest).expanduser())
+    return _open_folder(Path(rest).expanduser(), on_error)
   if source and Path(source).expanduser().is_dir():
     raise ValueError(f"data.source={source!r} is a folder: write 'folder:{source}' for a folder of "
                      f"images, 'tfds:{source}' for a prepared TFDS set")
@@ -80,33 +100,50 @@ def decode(record: Mapping[str, Any], channels: int, size: tuple[int, int] | Non
   """Decodes a record to uint8 (h, w, c); with `size`, a JPEG only as finely as the box needs.
 
   Args:
-    record: {"image": encoded bytes, "name": str}.
+    record: {"image": encoded bytes or their file, "name": str}.
     channels: 1, 3 or 4; colours are converted, transparency is laid on white.
     size: (h, w) in pixels to resize to (bicubic, antialiased); None keeps the size.
     box: maps the image's (h, w) to the (top, left, height, width) that is resized; None = all.
 
   Raises:
-    ValueError: the record cannot be decoded; names it. Pillow's limit on pixels stays on.
+    BadRecord: the record cannot be decoded; names it. Pillow's limit on pixels stays on.
   """
+  with _opened(record) as image:
+    full_w, full_h = image.size
+    top, left, height, width = box(full_h, full_w) if box else (0, 0, full_h, full_w)
+    if size:  # JPEG at 1/2, 1/4 or 1/8, while the box stays at least as large as `size`
+      drafted = image.draft(None, (-(-full_w * size[1] // width), -(-full_h * size[0] // height)))
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
+      image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if channels < 4 and image.has_transparency_data:
+      image = image.convert("RGBA")
+      image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels])
+    if size:
+      scale = drafted[1][2] / full_w if drafted else 1  # exact; the sides are rounded up
+      image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=tuple(
+        side * scale for side in (left, top, left + width, top + height)))
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+@contextlib.contextmanager
+def _opened(record: Mapping[str, Any]):
+  """A record's image, its header read; whatever goes wrong with it meanwhile is a BadRecord."""
+  data = record["image"]
   try:
-    with Image.open(io.BytesIO(record["image"])) as image:
-      full_w, full_h = image.size
-      top, left, height, width = box(full_h, full_w) if box else (0, 0, full_h, full_w)
-      if size:  # JPEG at 1/2, 1/4 or 1/8, while the box stays at least as large as `size`
-        drafted = image.draft(None, (-(-full_w * size[1] // width), -(-full_h * size[0] // height)))
-      if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-      if channels < 4 and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-      image = image.convert(MODES[channels])
-      if size:
-        scale = drafted[1][2] / full_w if drafted else 1  # exact; the sides are rounded up
-        image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=tuple(
-          side * scale for side in (left, top, left + width, top + height)))
-      return np.asarray(image).reshape(image.height, image.width, channels)
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+      yield image
   except Exception as e:
-    raise ValueError(f"cannot decode the image {record['name']}: {e}") from e
+    raise BadRecord("undecodable image", f"cannot decode the image {record['name']}: {e}") from e
+
+
+def captions(record: Mapping[str, Any]) -> tuple[str, ...]:
+  """The captions of a record. Raises BadRecord if there are none, or one is empty or not UTF-8."""
+  found = (record["text"],) if isinstance(record["text"], str) else record["text"]
+  for caption in found or ("",):
+    if why := text.fault(caption):
+      raise BadRecord("unusable text", f"{record['name']}: a caption is {why}: {caption!r}")
+  return found
 
 
 # TFDS --------------------------------------------------------------------------------------------
@@ -186,6 +223,10 @@ def _feature(features, names: Sequence[str], kind: type) -> str | None:
   return found[0] if found else None
 
 
+def _utf8(data: bytes) -> str:
+  return data.decode(errors="surrogateescape")  # what is not UTF-8 is left to `captions` to find
+
+
 class _TfdsSplit(Sequence):
   """Random access to one split; picklable, for workers."""
 
@@ -209,10 +250,9 @@ class _TfdsSplit(Sequence):
     if "label" in record:
       record["label"] = int(record["label"])
     if "text" in record:
-      text = record["text"]
-      text = text["text"] if isinstance(text, Mapping) else text  # coco: {"id", "text"} a caption
-      record["text"] = (text.decode() if isinstance(text, bytes)
-                        else tuple(caption.decode() for caption in text))
+      found = record["text"]
+      found = found["text"] if isinstance(found, Mapping) else found  # coco: {"id", "text"}
+      record["text"] = _utf8(found) if isinstance(found, bytes) else tuple(map(_utf8, found))
     return record
 
 
@@ -223,8 +263,9 @@ def _open_tfds(builder: tfds.core.DatasetBuilder) -> Source:
     raise ValueError(f"{info.full_name} has no image feature: {', '.join(features)}")
   label = _feature(features, ("label",), tfds.features.ClassLabel)
   # By name only: a lone text feature is as often a file name as a caption.
-  text = next((key for key in ("text", "caption", "captions") if key in features), None)
-  keys = {role: key for role, key in zip(("image", "label", "text"), (image, label, text)) if key}
+  caption = next((key for key in ("text", "caption", "captions") if key in features), None)
+  keys = {"image": image, "label": label, "text": caption}
+  keys = {role: key for role, key in keys.items() if key}
   try:
     data = {split: builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
             for split in info.splits}
@@ -246,30 +287,14 @@ def _open_tfds(builder: tfds.core.DatasetBuilder) -> Source:
 # Folders -----------------------------------------------------------------------------------------
 
 
-class _FolderSplit(Sequence):
-  """Random access to the files of one split; picklable, for workers."""
-
-  def __init__(self, root: Path, rows: list[dict]):
-    self.root, self.rows = root, rows
-
-  def __len__(self):
-    return len(self.rows)
-
-  def __getitem__(self, i):
-    row = self.rows[i]
-    path = self.root / row["file"]
-    try:
-      image = path.read_bytes()
-    except OSError as e:
-      raise FileNotFoundError(f"cannot read the image {path}: {e}") from e
-    return {"image": image, "name": str(path)} | {
-      key: row[key] for key in ("label", "text") if key in row}
+class _Records(list):
+  """The records of one split, whose files `decode` reads."""
 
   def __getitems__(self, indices):
     return [self[int(i)] for i in indices]
 
 
-def _open_folder(root: Path) -> Source:
+def _open_folder(root: Path, on_error: str) -> Source:
   """Opens a folder of images.
 
   `train` beside `test`, `val` or `validation`, or alone, are splits; otherwise all is `train`. A
@@ -284,8 +309,8 @@ def _open_folder(root: Path) -> Source:
   splits = [name for name in SPLITS if name in folders]
   # A folder of classes may have one named "train", beside "car" and "bus".
   is_split = "train" in splits and (len(splits) > 1 or folders == {"train"})
-  rows = {split: _read_split(root / split, root)
-          for split in splits} if is_split else {"train": _read_split(root, root)}
+  rows = {split: _read_split(root / split if is_split else root, root, on_error)
+          for split in (splits if is_split else ["train"])}
 
   names = {str(row["label"]) for row in rows["train"] if "label" in row}
   classes = sorted(names, key=int) if all(map(str.isdecimal, names)) else sorted(names)
@@ -300,10 +325,13 @@ def _open_folder(root: Path) -> Source:
         row["label"] = index[label]
       elif classes:
         raise ValueError(f"{root}: 'train' has labels, split {split!r} has none")
-  return Source({split: _FolderSplit(root, examples) for split, examples in rows.items()},
-                Info(_image_shape(root, [row["file"] for r in rows.values() for row in r]),
-                     len(classes), tuple(classes), {s: len(r) for s, r in rows.items()},
-                     _fingerprint("folder", rows)))
+  records = {split: _Records(
+    {"image": str(root / row["file"]), "name": str(root / row.get("where", row["file"]))}
+    | {key: row[key] for key in ("label", "text") if key in row} for row in examples)
+    for split, examples in rows.items()}
+  return Source(records, Info(_image_shape(sum(records.values(), []), root, on_error),
+                              len(classes), tuple(classes), {s: len(r) for s, r in rows.items()},
+                              _fingerprint("folder", rows)))
 
 
 def _entries(folder: Path, root: Path) -> list[tuple[str, bool]]:
@@ -325,35 +353,31 @@ def _inside(path: Path, root: Path) -> None:
     raise ValueError(f"{path} leads out of {root}")
 
 
-def _images(folder: Path, root: Path) -> list[str]:
+def _images(folder: Path, root: Path) -> Iterator[str]:
   """All images below a folder, relative to `root`."""
-  files = []
   for name, is_dir in _entries(folder, root):
     if is_dir:
-      files += _images(folder / name, root)
+      yield from _images(folder / name, root)
     elif name.lower().endswith(EXTENSIONS):
-      files.append(str((folder / name).relative_to(root)))
-  return files
+      yield str((folder / name).relative_to(root))
 
 
-def _read_split(folder: Path, root: Path) -> list[dict]:
-  """One dict an image: file (relative to `root`), bytes, and label (a name) and text if any."""
+def _read_split(folder: Path, root: Path, on_error: str) -> list[dict]:
+  """One dict an image: file (relative to `root`), bytes, and label (a name), text, where if any."""
   entries = _entries(folder, root)
   metadata = [name for name, _ in entries if name in METADATA]
   if metadata:
     if len(metadata) > 1:
       raise ValueError(f"{folder} has both {' and '.join(metadata)}: keep one")
-    rows = _read_metadata(folder / metadata[0], root)
+    rows = _read_metadata(folder / metadata[0], root, on_error)
   elif classes := [name for name, is_dir in entries if is_dir]:
     if any(name.lower().endswith(EXTENSIONS) for name, _ in entries):
       raise ValueError(f"{folder} has images beside sub-folders: which class are they?")
-    rows = []
-    for name in classes:
-      files = _images(folder / name, root)
-      if not files:
-        raise ValueError(f"no images in class folder {folder / name}; "
-                         f"looked for {' '.join(EXTENSIONS)}")
-      rows += [{"file": file, "label": name} for file in files]
+    rows = [{"file": file, "label": name} for name in classes
+            for file in _images(folder / name, root)]
+    if empty := set(classes) - {row["label"] for row in rows}:
+      raise ValueError(f"no images in class folder {folder / min(empty)}; "
+                       f"looked for {' '.join(EXTENSIONS)}")
   else:
     rows = [{"file": file} for file in _images(folder, root)]
   if not rows:
@@ -363,52 +387,88 @@ def _read_split(folder: Path, root: Path) -> list[dict]:
   return rows
 
 
-def _read_metadata(path: Path, root: Path) -> list[dict]:
-  """The rows of a metadata file, those of one image gathered."""
-  with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a BOM
+def _read_metadata(path: Path, root: Path, on_error: str) -> list[dict]:
+  """The rows of a metadata file, those of one image gathered; `where` tells the first of them."""
+  lines, images, errors = _lines(path), {}, []
+  found = {key: None for _, cells in lines if isinstance(cells, dict) for key in cells}
+  columns = [key for key in ("file_name", "label", "text") if key in found]
+  if found and (len(columns) < 2 or columns[0] != "file_name"):
+    raise ValueError(f"{path}, line 1: needs a column 'file_name' and a column 'label' or 'text'; "
+                     f"it has: {', '.join(map(str, found))}")
+  for number, (line, cells) in enumerate(lines, 1):
+    place = f"line {line}, row {number}"
     try:
-      lines = (list(csv.DictReader(file)) if path.suffix == ".csv"
-               else [json.loads(line) for line in file if line.strip()])
-    except (ValueError, csv.Error) as e:
-      raise ValueError(f"{path}: not readable as {path.suffix[1:]}: {e}") from e
-  columns = [key for key in ("label", "text") if lines and key in lines[0]]
-  if lines and not columns:
-    raise ValueError(f"{path} needs a column 'label' or 'text' beside 'file_name'; it has: "
-                     f"{', '.join(map(str, lines[0]))}")
-  rows = {}
-  for number, line in enumerate(lines, 1):
-    for key in ("file_name", *columns):
-      if not isinstance(line.get(key), str | int) or line[key] == "":
-        raise ValueError(f"{path}, row {number}: {key!r} is {line.get(key)!r}, not text or a whole "
-                         "number")
-    image = path.parent / str(line["file_name"])
-    _inside(image, root)
-    if not image.is_file():
-      raise FileNotFoundError(f"{path}, row {number}: no such file {image}")
-    file = os.path.relpath(image, root)
-    row = rows.setdefault(file, {"file": file})
-    if "label" in columns and row.setdefault("label", line["label"]) != line["label"]:
-      raise ValueError(f"{path}, row {number}: {line['file_name']!r} has two labels: "
-                       f"{row['label']!r} and {line['label']!r}")
-    if "text" in columns:
-      row["text"] = (*row.get("text", ()), str(line["text"]))
-  for row in rows.values():
-    if len(row.get("text", ())) == 1:
-      row["text"] = row["text"][0]
-  return list(rows.values())
+      _check_cells(cells, columns)
+      image = path.parent / str(cells["file_name"])
+      _inside(image, root)
+      if not image.is_file():
+        raise BadRecord("missing file", f"no such file {image}")
+      file = os.path.relpath(image, root)
+      row = images.setdefault(file, {
+        "file": file, "where": f"{os.path.relpath(path, root)}, {place}: {cells['file_name']}"})
+      if "label" in columns and row.setdefault("label", cells["label"]) != cells["label"]:
+        raise BadRecord("unusable label", f"{cells['file_name']!r} has two labels: "
+                                          f"{row['label']!r} and {cells['label']!r}")
+      if "text" in columns:
+        row["text"] = (*row.get("text", ()), str(cells["text"]))
+    except BadRecord as e:
+      errors.append(BadRecord(e.args[0], f"{path}, {place}: {e}"))
+      if on_error == "raise":
+        raise errors[0] from e
+  tell_skipped(errors, f"the {len(lines)} rows of {path}")
+  return list(images.values())
 
 
-def _image_shape(root: Path, files: Sequence[str]) -> tuple[int | None, int | None, int]:
+def _lines(path: Path) -> list[tuple[int, Any]]:
+  """(number of its last line, cells) of each row of a metadata file."""
+  # -sig: spreadsheets write a BOM. What is not UTF-8 becomes lone surrogates, found row by row.
+  with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    if path.suffix == ".csv":
+      reader = csv.DictReader(file, strict=True)
+      try:
+        return [(reader.line_num, cells) for cells in reader]
+      except csv.Error as e:
+        raise ValueError(f"{path}, from line {reader.line_num + 1} on: not readable as csv: {e}"
+                         ) from e
+    rows = []
+    for number, line in enumerate(file, 1):
+      try:
+        rows += [(number, json.loads(line))] if line.strip() else []
+      except ValueError:
+        rows.append((number, line))
+    return rows
+
+
+def _check_cells(cells: Any, columns: Sequence[str]) -> None:
+  """Raises BadRecord unless each column of a row holds text or a whole number."""
+  if not isinstance(cells, dict):
+    raise BadRecord("unreadable row", f"not a JSON object: {str(cells)[:80]!r}")
+  if None in cells:
+    raise BadRecord("unreadable row", "more cells than columns; quote text that holds commas")
+  for key in columns:
+    value = cells.get(key)
+    if not isinstance(value, str | int):
+      raise BadRecord(f"no {key}", f"{key!r} is {value!r}, not text or a whole number")
+    if why := text.fault(str(value)):
+      raise BadRecord(f"unusable {key}", f"{key!r} is {value!r}, which is {why}, for file "
+                                         f"{cells['file_name']!r}")
+
+
+def _image_shape(records: Sequence[dict], root: Path,
+                 on_error: str) -> tuple[int | None, int | None, int]:
   """(h, w, c) from the headers, of a spread of 16,384 files if there are more."""
-  def header(file):
+  def header(record):
     try:
-      with Image.open(root / file) as image:
+      with _opened(record) as image:
         return image.height, image.width, 1 if image.mode in ("1", "L") or "I" in image.mode else 3
-    except Exception as e:
-      raise ValueError(f"cannot decode the image {root / file}: {e}") from e
+    except BadRecord:
+      if on_error == "raise":
+        raise  # else reading comes upon it again, and counts it
 
   with ThreadPoolExecutor() as pool:
-    shapes = set(pool.map(header, files[::-(-len(files) // 16_384)]))
+    shapes = set(pool.map(header, records[::-(-len(records) // 16_384)])) - {None}
+  if not shapes:
+    raise ValueError(f"none of the images in {root} can be decoded")
   heights, widths, channels = map(set, zip(*shapes))
   uniform = len(heights) == len(widths) == 1
   return (*((heights.pop(), widths.pop()) if uniform else (None, None)), max(channels))

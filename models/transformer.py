@@ -113,9 +113,10 @@ class Attention(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x, memory=None, mask=None, *, return_weights: bool = False):
+  def __call__(self, x, memory=None, mask=None, *, rotate=None, return_weights: bool = False):
     """x [b, q, d], memory [b, n, d], mask broadcastable to [b, k, q, n], True = attend.
 
+    `rotate` (rotary positions) is applied to queries [b, q, k, d] and keys [b, n, k, d].
     Returns [b, q, d], and with `return_weights` the attention weights [b, k, q, n] too.
     """
     width, head_dim = x.shape[-1], x.shape[-1] // self.heads
@@ -138,6 +139,8 @@ class Attention(nn.Module):
     if self.qk_norm:
       norm = functools.partial(NORMS[self.norm], epsilon=self.norm_eps, dtype=self.dtype)
       query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
+    if rotate is not None:
+      query, key = rotate(query), rotate(key)
     mixed = ATTENTION[self.attention](query, key, value, mask=mask)
     out = nn.DenseGeneral(width, axis=(-2, -1), name="out", dtype=self.dtype,
                           kernel_init=nn.initializers.xavier_uniform())(mixed)  # b q d
@@ -233,6 +236,7 @@ class Transformer(nn.Module):
   scan: bool = False
   remat: str = "none"  # a key of REMAT
   dtype: jnp.dtype = jnp.float32
+  redraw: Callable | None = None  # (rng, the blocks' initial parameters) -> others in their place
 
   @nn.compact
   def __call__(self, x, mask=None, *, train: bool = False, return_weights: bool = False):
@@ -243,8 +247,9 @@ class Transformer(nn.Module):
 
     def init(rng):
       example = jnp.zeros((1, *x.shape[1:]), self.dtype)
-      return jax.vmap(lambda key: block.init(key, example)["params"])(
+      blocks = jax.vmap(lambda key: block.init(key, example)["params"])(
         jax.random.split(rng, self.depth))
+      return self.redraw(rng, blocks) if self.redraw else blocks
 
     params = self.param("blocks", init)                                      # leaves: depth ...
     rates = jnp.linspace(0.0, self.drop_path, self.depth)

@@ -63,12 +63,13 @@ class PatchEmbed(nn.Module):
   width: int
   fused_init: bool = False  # Xavier over the whole patch (MAE), else Lecun as a convolution's
   dtype: jnp.dtype = jnp.float32
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, patches):
     init = nn.initializers.xavier_uniform() if self.fused_init else nn.initializers.lecun_normal()
-    return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="projection")(
-      patches.astype(self.dtype))                                            # b n d
+    return nn.Dense(self.width, self.use_bias, kernel_init=init, dtype=self.dtype,
+                    name="projection")(patches.astype(self.dtype))           # b n d
 
 
 class Positions(nn.Module):
@@ -91,7 +92,10 @@ class Positions(nn.Module):
 
 
 class AttentionPool(nn.Module):
-  """Attention pooling by one learned probe (2106.04560 sec. 3.2): [b, n, d] -> [b, d]."""
+  """Attention pooling by one learned probe (2106.04560 sec. 3.2): [b, n, d] -> [b, d].
+
+  `mask` broadcastable to [b, k, 1, n], True = attend.
+  """
 
   heads: int
   mlp_dim: int
@@ -100,11 +104,11 @@ class AttentionPool(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, mask=None):
     b, _, d = x.shape
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d)).astype(self.dtype)
     x = Attention(self.heads, dtype=self.dtype, name="attention")(
-      jnp.broadcast_to(probe, (b, 1, d)), memory=x)                          # b 1 d
+      jnp.broadcast_to(probe, (b, 1, d)), memory=x, mask=mask)               # b 1 d
     y = NORMS["layernorm"](epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
     return (x + Mlp(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")(y))[:, 0]
 
@@ -124,6 +128,8 @@ class ViT(nn.Module):
   pool_before_norm: bool = False  # norm after pooling (timm's and MAE's fc_norm), not on tokens
   class_token: bool | None = None  # None: as the pooling needs
   registers: int = 0  # tokens (2309.16588)
+  patch_bias: bool = True
+  pre_norm: bool = False  # a norm before the first block too (CLIP)
   positions: str = "learned"  # one of positions.KINDS; learned ones have a row for the class token
   resample: str = "antialias"
   activation: str = "gelu"
@@ -149,7 +155,7 @@ class ViT(nn.Module):
     return self.pool == "cls" if self.class_token is None else self.class_token
 
   def setup(self):
-    self.embed = PatchEmbed(self.width, self.fused_init, self.dtype)
+    self.embed = PatchEmbed(self.width, self.fused_init, self.dtype, self.patch_bias)
     self.position = Positions(self.positions, self.grid, self.width, self.resample)
     if self.has_class_token:
       self.cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, self.width))
@@ -163,6 +169,8 @@ class ViT(nn.Module):
       self.depth, self.heads, self.mlp_dim, self.activation, self.norm, self.norm_eps,
       self.attention, self.qk_norm, self.fused_init, self.layer_scale, self.dropout,
       self.drop_path, not self.pool_before_norm, self.scan, self.remat, self.dtype)
+    if self.pre_norm:
+      self.input_norm = NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype)
     if self.pool_before_norm:
       self.pool_norm = NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype)
     if self.pool == "map":
@@ -198,6 +206,7 @@ class ViT(nn.Module):
       prefix.append(self.register_tokens)
     prefix = [jnp.broadcast_to(t.astype(self.dtype), (x.shape[0], *t.shape[1:])) for t in prefix]
     x = jnp.concatenate([*prefix, x], axis=1)                                # b prefix+m d
+    x = self.input_norm(x) if self.pre_norm else x
     return self.transformer(x, train=train, return_weights=return_weights)
 
   def pooled(self, tokens):

@@ -1,7 +1,9 @@
 """Published state dicts in our layout, and our gradients compared in theirs."""
 
+import re
 from pathlib import Path
 
+import flax.traverse_util
 import jax
 import numpy as np
 from safetensors.numpy import load_file
@@ -29,10 +31,13 @@ def norm(weights, name):
   return {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
 
 
-def patch_embed(weights, name):
+def patch_kernel(weights, name):
   kernel = weights[f"{name}.weight"]                                         # d c p q
-  return {"projection": {"kernel": kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0]),
-                         "bias": weights[f"{name}.bias"]}}
+  return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
+
+
+def patch_embed(weights, name):
+  return {"projection": {"kernel": patch_kernel(weights, name), "bias": weights[f"{name}.bias"]}}
 
 
 def attention(q, k, v, out, heads):
@@ -131,10 +136,11 @@ def thinned(flat: np.ndarray) -> np.ndarray:
   return flat[::max(1, -(-flat.size // 64))]
 
 
-def assert_gradients(to_ours, weights, ours, recorded, skip=()):
+def assert_gradients(to_ours, weights, ours, recorded, skip=(), cancelled=()):
   """Every published parameter's gradient, to 1e-4 of its largest recorded number.
 
-  Key biases have no gradient but rounding (softmax cancels them): both must be that small.
+  Key biases have no gradient but rounding (softmax cancels them), nor have those `cancelled` by
+  something else: both must be that small.
   """
   theirs = in_their_layout(to_ours, weights, ours)
   assert set(recorded) - set(skip) <= set(theirs)
@@ -142,10 +148,191 @@ def assert_gradients(to_ours, weights, ours, recorded, skip=()):
   for name, expected in recorded.items():
     if name in skip:
       continue
-    actual = thinned(theirs[name])
-    if name.endswith("key.bias"):
+    actual = theirs[name].ravel() if expected.size == theirs[name].size else thinned(theirs[name])
+    if name.endswith(("key.bias", *cancelled)):
       assert np.abs(actual).max() < 1e-6 * largest and np.abs(expected).max() < 1e-6 * largest
       continue
     scale = np.abs(expected).max()
     assert scale > 1e-6 * largest, name
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * scale, err_msg=name)
+
+
+# --- DiT ------------------------------------------------------------------------------------------
+
+def dit(weights, heads):
+  """facebookresearch/DiT -> ours; its position table as a learned one, so that it can be any."""
+  def layer(p):
+    w, b = weights[f"{p}.attn.qkv.weight"], weights[f"{p}.attn.qkv.bias"]
+    out = weights[f"{p}.attn.proj.weight"], weights[f"{p}.attn.proj.bias"]
+    return {"attention": attention(*zip(np.split(w, 3), np.split(b, 3)), out, heads),
+            "mlp": {"up": dense(weights, f"{p}.mlp.fc1"), "down": dense(weights, f"{p}.mlp.fc2")},
+            "modulation": dense(weights, f"{p}.adaLN_modulation.1")}
+  return {"embed": patch_embed(weights, "x_embedder.proj"),
+          "position": {"table": weights["pos_embed"][0]},
+          "condition": {"time_in": dense(weights, "t_embedder.mlp.0"),
+                        "time_out": dense(weights, "t_embedder.mlp.2"),
+                        "label": {"embedding": weights["y_embedder.embedding_table.weight"]}},
+          "blocks": stack(layer, weights, "blocks"),
+          "final": {"modulation": dense(weights, "final_layer.adaLN_modulation.1"),
+                    "projection": dense(weights, "final_layer.linear")}}
+
+
+# --- MoCo -----------------------------------------------------------------------------------------
+
+TORCHVISION_RESNET = [
+  (r"^conv1", "stem"), (r"^bn1", "stem_norm"),
+  (r"layer(\d)\.(\d)\.", lambda m: f"stage_{int(m[1]) - 1}/block_{m[2]}/"),
+  (r"conv(\d)", lambda m: f"conv_{int(m[1]) - 1}"), (r"bn(\d)", lambda m: f"norm_{int(m[1]) - 1}"),
+  (r"downsample\.0", "shortcut"), (r"downsample\.1", "shortcut_norm"), (r"^fc$", "head")]
+
+
+def renamed(weights, patterns):
+  """(params, batch statistics) of a network whose modules `patterns` rename one by one."""
+  leaves = {4: ("kernel", (2, 3, 1, 0)), 2: ("kernel", (1, 0)), 1: ("scale", (0,))}
+  params, stats = {}, {}
+  for name, w in weights.items():
+    module, leaf = name.rsplit(".", 1)
+    for pattern, ours in patterns:
+      module = re.sub(pattern, ours, module)
+    if leaf.startswith("running_"):
+      stats[f"{module}/{leaf.removeprefix('running_')}"] = w
+    elif leaf != "num_batches_tracked":
+      leaf, order = leaves[w.ndim] if leaf == "weight" else (leaf, (0,))
+      params[f"{module}/{leaf}"] = w.transpose(order)
+  return tuple(flax.traverse_util.unflatten_dict(tree, sep="/") for tree in (params, stats))
+
+
+def inside(weights, prefix):
+  """The weights whose names begin with `prefix`, without it."""
+  return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
+def only(weights, prefix):
+  """The weights whose names begin with `prefix`."""
+  return {name: w for name, w in weights.items() if name.startswith(prefix)}
+
+
+def moco_resnet(weights, encoder="encoder_q"):
+  """facebookresearch/moco -> ours: (params, batch statistics) of an encoder."""
+  weights = inside(weights, f"{encoder}.")
+  body, stats = renamed({n: w for n, w in weights.items() if not n.startswith("fc.")},
+                        TORCHVISION_RESNET)
+  names = sorted({name.rsplit(".", 1)[0] for name in weights if name.startswith("fc.")})
+  projector = {f"dense_{i}": dense(weights, name) for i, name in enumerate(names)}
+  return {"backbone": body, "projector": projector}, {"backbone": stats}
+
+
+def moco_v3_head(weights, prefix):
+  """Layers (dense, norm, ReLU) of facebookresearch/moco-v3 -> (params, batch statistics)."""
+  count = len({name for name in weights if name.startswith(f"{prefix}.") and
+               name.endswith("running_mean")})
+  params, stats = {}, {}
+  for i in range(count):
+    dense_name, norm_name = f"{prefix}.{3 * i}", f"{prefix}.{3 * i + 1}"
+    params[f"dense_{i}"] = {"kernel": weights[f"{dense_name}.weight"].T}
+    if f"{norm_name}.weight" in weights:
+      params[f"norm_{i}"] = norm(weights, norm_name)
+    stats[f"norm_{i}"] = {"mean": weights[f"{norm_name}.running_mean"],
+                          "var": weights[f"{norm_name}.running_var"]}
+  return params, stats
+
+
+def moco_v3_vit(weights, heads, encoder="base_encoder"):
+  """facebookresearch/moco-v3 -> ours: (params, batch statistics); the predictor with the base."""
+  encoder_weights = inside(weights, f"{encoder}.")
+  head, head_stats = moco_v3_head(encoder_weights, "head")
+  params = {"projector": head, "backbone": {
+    **tokens(encoder_weights["cls_token"], encoder_weights["pos_embed"]),
+    "embed": patch_embed(encoder_weights, "patch_embed.proj"),
+    "transformer": {"blocks": timm_stack(encoder_weights, "blocks", heads),
+                    "norm": norm(encoder_weights, "norm")}}}
+  stats = {"projector": head_stats}
+  if encoder == "base_encoder":
+    params["predictor"], stats["predictor"] = moco_v3_head(weights, "predictor")
+  return params, stats
+
+
+# --- CLIP, SigLIP ---------------------------------------------------------------------------------
+
+def clip_stack(weights, prefix, heads):
+  """Hugging Face's CLIP and SigLIP layers -> our stacked blocks."""
+  def layer(p):
+    qkvo = [(weights[f"{p}.self_attn.{name}.weight"], weights[f"{p}.self_attn.{name}.bias"])
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    return {"attention": attention(*qkvo, heads),
+            "attention_norm": norm(weights, f"{p}.layer_norm1"),
+            "mlp_norm": norm(weights, f"{p}.layer_norm2"),
+            "mlp": {"up": dense(weights, f"{p}.mlp.fc1"), "down": dense(weights, f"{p}.mlp.fc2")}}
+  return stack(layer, weights, f"{prefix}.layers")
+
+
+def hf_text(weights, heads):
+  return {"embed": {"embedding": weights["text_model.embeddings.token_embedding.weight"]},
+          "position": weights["text_model.embeddings.position_embedding.weight"],
+          "transformer": {"blocks": clip_stack(weights, "text_model.encoder", heads),
+                          "norm": norm(weights, "text_model.final_layer_norm")}}
+
+
+def hf_clip(weights, heads):
+  e = "vision_model.embeddings"
+  return {
+    "image": {
+      **tokens(weights[f"{e}.class_embedding"][None, None],
+               weights[f"{e}.position_embedding.weight"][None]),
+      "embed": {"projection": {"kernel": patch_kernel(weights, f"{e}.patch_embedding")}},
+      "input_norm": norm(weights, "vision_model.pre_layrnorm"),
+      "transformer": {"blocks": clip_stack(weights, "vision_model.encoder", heads),
+                      "norm": norm(weights, "vision_model.post_layernorm")}},
+    "text": hf_text(weights, heads), "logit_scale": weights["logit_scale"],
+    "image_projection": {"kernel": weights["visual_projection.weight"].T},
+    "text_projection": {"kernel": weights["text_projection.weight"].T}}
+
+
+def hf_siglip(weights, heads):
+  e, h = "vision_model.embeddings", "vision_model.head"
+  qkv = zip(np.split(weights[f"{h}.attention.in_proj_weight"], 3),
+            np.split(weights[f"{h}.attention.in_proj_bias"], 3))
+  out = tuple(weights[f"{h}.attention.out_proj.{name}"] for name in ("weight", "bias"))
+  return {
+    "image": {
+      "position": {"table": weights[f"{e}.position_embedding.weight"]},
+      "embed": patch_embed(weights, f"{e}.patch_embedding"),
+      "transformer": {"blocks": clip_stack(weights, "vision_model.encoder", heads),
+                      "norm": norm(weights, "vision_model.post_layernorm")},
+      "map_pool": {"probe": weights[f"{h}.probe"], "attention": attention(*qkv, out, heads),
+                   "norm": norm(weights, f"{h}.layernorm"),
+                   "mlp": {"up": dense(weights, f"{h}.mlp.fc1"),
+                           "down": dense(weights, f"{h}.mlp.fc2")}}},
+    "text": hf_text(weights, heads), "text_projection": dense(weights, "text_model.head"),
+    "logit_scale": weights["logit_scale"][0], "logit_bias": weights["logit_bias"][0]}
+
+
+def hf_from_openai(weights):
+  """OpenAI's CLIP under Hugging Face's names."""
+  layer = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
+           "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
+  names = {"visual.class_embedding": "vision_model.embeddings.class_embedding",
+           "visual.conv1": "vision_model.embeddings.patch_embedding",
+           "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+           "visual.ln_pre": "vision_model.pre_layrnorm",
+           "visual.ln_post": "vision_model.post_layernorm",
+           "token_embedding": "text_model.embeddings.token_embedding",
+           "positional_embedding": "text_model.embeddings.position_embedding.weight",
+           "ln_final": "text_model.final_layer_norm"}
+  renamed = {"logit_scale": weights["logit_scale"],
+             "visual_projection.weight": weights["visual.proj"].T,
+             "text_projection.weight": weights["text_projection"].T}
+  for name, w in weights.items():
+    if found := re.match(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.*)", name):
+      prefix = f"{'vision' if found[1] else 'text'}_model.encoder.layers.{found[2]}"
+      part, _, leaf = found[3].rpartition(".")
+      if found[3].startswith("attn.in_proj_"):
+        for letter, piece in zip("qkv", np.split(w, 3)):
+          renamed[f"{prefix}.self_attn.{letter}_proj.{leaf.removeprefix('in_proj_')}"] = piece
+      else:
+        renamed[f"{prefix}.{layer[part]}.{leaf}"] = w
+    elif name in names:
+      renamed[names[name]] = w
+    elif (part := name.rpartition("."))[0] in names:
+      renamed[f"{names[part[0]]}.{part[2]}"] = w
+  return renamed

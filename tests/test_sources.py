@@ -65,7 +65,7 @@ def test_class_folders(tmp_path):
   assert records == [(str(tmp_path / "train" / name), label) for name, label in
                      (("cat/a.png", 0), ("cat/deep/b.PNG", 0), ("dog/c.JpG", 1))]
   assert splits["test"][0]["label"] == 1
-  assert splits["test"][0]["image"] == (tmp_path / "test/dog/d.png").read_bytes()
+  np.testing.assert_array_equal(sources.decode(splits["test"][0], 3), np.full((4, 6, 3), 7))
 
 
 def test_flat_folder_of_several_sizes_and_colours(tmp_path):
@@ -92,23 +92,23 @@ def test_metadata_gathers_captions_and_sorts_labels(tmp_path, labels, classes):
   (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
   splits, info = open_source(f"folder:{tmp_path}")
   assert info.class_names == classes
-  assert [r["text"] for r in splits["train"]] == ["x", ("x", "y"), ("x", "y")]
+  assert [r["text"] for r in splits["train"]] == [("x",), ("x", "y"), ("x", "y")]
   assert [classes[r["label"]] for r in splits["train"]] == list(map(str, labels))
   (tmp_path / "metadata.jsonl").unlink()
   (tmp_path / "metadata.csv").write_text("file_name,text,label\n" + "\n".join(
     ",".join(map(str, line.values())) for line in lines))
-  again = open_source(f"folder:{tmp_path}")
-  assert list(again.splits["train"]) == list(splits["train"])
+  again = open_source(f"folder:{tmp_path}").splits["train"]
+  assert [{**r, "name": None} for r in again] == [{**r, "name": None} for r in splits["train"]]
+  assert again[1]["name"] == f"{tmp_path}/metadata.csv, line 3, row 2: images/1.png"
 
 
 @pytest.mark.parametrize("content, match", [
   ("file_name,text\n../out.png,x", "leads out of"),
   ("file_name,text\nlink.png,x", "leads out of"),
-  ("file_name,text\nnone.png,x", "row 1: no such file .*none.png"),
-  ("file_name,text\na.png,x\na.png,", "row 2: 'text' is ''"),
-  ("file_name,label\na.png,x\na.png,y", "row 2: 'a.png' has two labels: 'x' and 'y'"),
-  ("file_name,caption\na.png,x", "needs a column 'label' or 'text'.*caption"),
+  ("file_name,caption\na.png,x", "line 1: needs .* a column 'label' or 'text'.*caption"),
+  ("name,text\na.png,x", "line 1: needs a column 'file_name'.*has: name, text"),
   ("file_name,text\n", "no images in"),
+  ('file_name,text\na.png,x\na.png,"y\n', "from line 3 on: not readable as csv"),
 ])
 def test_bad_metadata_is_named(tmp_path, content, match):
   root = tmp_path / "data"
@@ -119,6 +119,57 @@ def test_bad_metadata_is_named(tmp_path, content, match):
   (root / "metadata.csv").write_text(content)
   with pytest.raises((ValueError, FileNotFoundError), match=match):
     open_source(f"folder:{root}")
+
+
+@pytest.mark.parametrize("kind, row, match, counted", [
+  ("csv", b"none.png,x,0", "no such file .*none.png", "missing file 1"),
+  ("csv", b"a.png,,0", "'text' is '', which is empty, for file 'a.png'", "unusable text 1"),
+  ("csv", b"a.png,  ,0", "'text' is '  ', which is empty", "unusable text 1"),
+  ("csv", b"a.png,caf\xe9,0", r"'text' is 'caf\\udce9', which is not UTF-8", "unusable text 1"),
+  ("csv", b"caf\xe9.png,x,0", "'file_name' is .* not UTF-8", "unusable file_name 1"),
+  ("csv", b"a.png,red, big,0", "more cells than columns; quote", "unreadable row 1"),
+  ("csv", b"a.png,x", "'label' is None", "no label 1"),
+  ("csv", b"a.png,x,1", "'a.png' has two labels: '0' and '1'", "unusable label 1"),
+  ("jsonl", b'{"file_name": "a.png", "label": 0}', "'text' is None", "no text 1"),
+  ("jsonl", b'{"file_name": "a.png", "text": 0.5, "label": 0}', "'text' is 0.5", "no text 1"),
+  ("jsonl", b'{"text": "x", "label": 0}', "'file_name' is None", "no file_name 1"),
+  ("jsonl", rb'{"file_name": "a.png", "text": "\ud800", "label": 0}', "not UTF-8",
+   "unusable text 1"),
+  ("jsonl", b'{"file_name": "a.png"', "not a JSON object: '{", "unreadable row 1"),
+  ("jsonl", b'["a.png", "x", 0]', "not a JSON object", "unreadable row 1")])
+def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, caplog, kind, row, match, counted):
+  for name in "ab":
+    write(tmp_path / f"{name}.png")
+  path = tmp_path / f"metadata.{kind}"
+  good = {"csv": [b'a.png,"one, of\ntwo lines",0', b"b.png,two,1"], "jsonl": [
+    b'{"file_name": "a.png", "text": "one, of\\ntwo lines", "label": 0}\n',
+    b'{"file_name": "b.png", "text": "two", "label": 1}']}[kind]
+  head = [b"file_name,text,label"] if kind == "csv" else []
+  path.write_bytes(b"\n".join([*head, good[0], row, good[1]]))
+  line = {"csv": 4, "jsonl": 3}[kind]  # after a header and a text of two lines, or a blank line
+  with pytest.raises(ValueError, match=f"metadata.{kind}, line {line}, row 2: .*{match}"):
+    open_source(f"folder:{tmp_path}")
+  splits, info = open_source(f"folder:{tmp_path}", on_error="skip")
+  assert info.num_examples == {"train": 2}
+  assert [(r["text"], r["label"]) for r in splits["train"]] == [
+    (("one, of\ntwo lines",), 0), (("two",), 1)]
+  message, = caplog.messages
+  assert f"passed over 1 of the 3 rows of {path} ({counted}). The first: {path}, line" in message
+
+
+def test_an_undecodable_image_of_a_row_is_named_or_left_to_reading(tmp_path):
+  write(tmp_path / "a.png")
+  (tmp_path / "b.png").write_bytes(b"not an image")
+  (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nb.png,y")
+  with pytest.raises(ValueError, match="the image .*metadata.csv, line 3, row 2: b.png"):
+    open_source(f"folder:{tmp_path}")
+  splits, info = open_source(f"folder:{tmp_path}", on_error="skip")
+  assert info[:4] == ((4, 6, 3), 0, (), {"train": 2})
+  with pytest.raises(sources.BadRecord, match="metadata.csv, line 3, row 2: b.png"):
+    sources.decode(splits["train"][1], 3)
+  (tmp_path / "a.png").write_bytes(b"nor this")
+  with pytest.raises(ValueError, match="none of the images"):
+    open_source(f"folder:{tmp_path}", on_error="skip")
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -177,6 +228,19 @@ def test_tfds_by_path_and_by_name(pairs, tmp_path):
   named = open_source("tfds:pairs", str(tmp_path))
   assert named.info == info
   assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("captions, match", [
+  (("fine", b"caf\xe9"), r"not UTF-8: 'caf\\udce9'"), (("",), "empty"), ((), "empty")])
+def test_tfds_captions_are_checked(tmp_path, monkeypatch, captions, match):
+  monkeypatch.setattr(Pairs, "_generate_examples", lambda self, seeds: iter([(0, {
+    "photo": encoded(noise(5, 4, 3)), "kind": 0,
+    "captions": [{"id": 0, "text": text} for text in captions]})]))
+  builder = Pairs(data_dir=tmp_path)
+  builder.download_and_prepare(file_format="array_record")
+  record = open_source(f"tfds:{builder.data_dir}").splits["train"][0]
+  with pytest.raises(sources.BadRecord, match=f"pairs/1.0.0 train#0: a caption is {match}"):
+    sources.captions(record)
 
 
 def test_tfds_folder_errors(pairs, tmp_path):

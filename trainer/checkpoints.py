@@ -24,6 +24,7 @@ from trainer.logging import read_metrics
 from trainer.state import TrainState
 
 ITEMS = ("params", "opt", "extra", "ema")  # of a checkpoint; those without arrays are left out
+TOKENIZER = "tokenizer.json"  # in the run directory, of runs on text
 CHOICES = {"on_error": ("raise", "warn"), "best_mode": ("max", "min")}
 log = logging.getLogger("vitrine")
 
@@ -229,6 +230,7 @@ class Run(NamedTuple):
   step: int
   predict: Callable  # (name, batch, rng=None) -> NumPy; batch["image"] as `preprocess` gives it
   preprocess: Callable  # uint8 images [b, h, w, c] -> float32, resized and normalised
+  tokenize: Callable | None  # captions -> int32 [n, l]; None if the run has no text
 
 
 def load_config(workdir) -> ConfigDict:
@@ -274,7 +276,70 @@ def load_run(workdir, step: int | None = None) -> Run:
   def preprocess(images):
     return np.asarray(augment.eval({"image": jnp.asarray(images)})["image"])
 
-  return Run(config, method, params, extra, step, predict, preprocess)
+  tokenizer, path = None, epath.Path(workdir) / TOKENIZER
+  if path.exists():
+    tokenizers = recipe.find_module("input_pipeline", "batches", "").text
+    tokenizer = tokenizers.from_json(path.read_text())
+    config.data.tokenizer = str(path)  # other captions would give another one
+  return Run(config, method, params, extra, step, predict, preprocess,
+             tokenizer and tokenizer.encode)
+
+
+def check_source(run: str = "", source: str = "", into: str = ""):
+  """Raises ValueError or FileNotFoundError where `take_parameters` would find no run."""
+  if not run:
+    raise ValueError("config.init.run is not given: the run directory to take parameters from")
+  load_config(run)
+
+
+def take_parameters(state: TrainState, run: str, source: str = "", into: str = "") -> TrainState:
+  """A new run's state with the parameters, and batch statistics, of a part from another run.
+
+  Args:
+    run: the other's run directory.
+    source, into: the part's path there and here, such as "encoder" and "image"; "" = all.
+
+  Raises ValueError, with the first mismatches, unless everything here is found there.
+  """
+  loaded = load_run(run)
+
+  def at(tree, path):
+    for name in filter(None, path.split("/")):
+      if name not in tree:
+        raise ValueError(f"config.init: no {path!r} among {', '.join(sorted(tree))}")
+      tree = tree[name]
+    return tree
+
+  def taken(tree, other):
+    """`tree` with its part `into` from `other`, where it lies now."""
+    other = {recipe.optimizer.path_name(path): x for path, x in
+             jax.tree.leaves_with_path(at(other, source))}
+    wrong, prefix = [], into + "/" if into else ""
+
+    def leaf(path, x):
+      name = recipe.optimizer.path_name(path)
+      if not name.startswith(prefix):
+        return x
+      new = other.get(name.removeprefix(prefix))
+      if new is None or new.shape != x.shape:
+        wrong.append(f"{name} {x.shape}: " + ("missing" if new is None else f"{new.shape}"))
+        return x
+      new = np.asarray(new)
+      return jax.make_array_from_callback(x.shape, x.sharding, lambda index: new[index])
+
+    at(tree, into)
+    tree = jax.tree.map_with_path(leaf, tree)
+    if wrong:
+      raise ValueError(f"config.init.run = {run!r} does not fit; here, and there:\n  "
+                       + "\n  ".join(wrong[:5]))
+    return tree
+
+  params, extra = taken(state.params, loaded.params), state.extra
+  if "batch_stats" in extra and into in extra["batch_stats"]:
+    extra = {**extra, "batch_stats": taken(extra["batch_stats"], loaded.extra["batch_stats"])}
+  log.info("took %s of %s", source or "all", run)
+  return state._replace(params=params, extra=extra,
+                        ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
 
 def _shapes(checkpoints: Checkpoints, step: int) -> dict:

@@ -26,6 +26,9 @@ class Context(NamedTuple):
   figures: Path
   step: int
   seed: int
+  tokenize: Callable | None  # captions -> int32 [n, l]; None where the data has no text
+  detokenize: Callable | None  # int [l] -> caption
+  load_run: Callable  # run directory -> checkpoints.Run
 
 
 def make_collect(recipe, weights: Mapping[str, Callable]) -> Callable:
@@ -85,7 +88,9 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
   def evaluate(step: int, final: bool) -> dict[str, float]:
     context = Context(collect, predict, data.info, data.train_split, data.eval_split,
                       config.augment.get("mean", 0.5), config.augment.get("std", 0.5),
-                      Path(workdir) / "figures", step, config.seed)
+                      Path(workdir) / "figures", step, config.seed,
+                      data.tokenizer and data.tokenizer.encode,
+                      data.tokenizer and data.tokenizer.decode, checkpoints.load_run)
     metrics = {}
     for label, section in config.evals.items():
       fields = section.to_dict()

@@ -16,12 +16,13 @@ import numpy as np
 from trainer import checkpoints, evaluation, sharding
 from trainer import recipe as recipes
 from trainer.logging import Reporter, duration, print_evaluations
+from trainer.optimizer import stop_frozen
 from trainer.preemption import Preempted, listen
 from trainer.state import count_flops, make_init, make_step
 
 # Fields that do not change what is computed: a run may be continued with others.
 FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect",
-        "data.workers", "data.cache_bytes", "data.prefetch_batches")
+        "data.workers", "data.cache_bytes", "data.prefetch_batches", "data.tokenizer")
 log = logging.getLogger("vitrine")
 
 
@@ -45,6 +46,16 @@ def check_same_run(workdir: Path, config: dict):
     partial.replace(path)
 
 
+def keep_tokenizer(path: Path, now: str):
+  """Writes a run's tokenizer, or raises TrainingError if another is there."""
+  if path.exists():
+    if path.read_text() != now:
+      raise TrainingError(f"the tokenizer is not that of {path}; give it, "
+                          f"--config.data.tokenizer={path}, to continue the run with it")
+  elif jax.process_index() == 0:
+    path.write_text(now)
+
+
 def check_same_data(workdir: Path, saved: dict, now: dict):
   """Raises TrainingError if the run was trained on other data; warns if by other code."""
   if saved["data"] != now["data"]:
@@ -65,7 +76,8 @@ def jitted_step(recipe, shardings):
   """(state, batch) -> (state, metrics) on the recipe's mesh, the state donated."""
   config = recipe.config
   step = make_step(recipe.method, recipe.tx, recipe.augment.train, seed=config.seed,
-                   accumulate=config.accumulate, ema_decay=config.ema_decay, mesh=recipe.mesh)
+                   accumulate=config.accumulate, ema_decay=config.ema_decay,
+                   frozen=config.optimizer.get("frozen"), mesh=recipe.mesh)
   return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(recipe.mesh)),
                  out_shardings=(shardings, sharding.replicated(recipe.mesh)), donate_argnums=0)
 
@@ -79,11 +91,21 @@ def abstract_state(recipe):
 
 
 def model_flops(recipe, state) -> int:
-  """Model FLOPs of one training step: the forward pass, and twice that for the backward pass."""
-  batch = jax.eval_shape(recipe.augment.eval, recipe.data.spec)
-  return 3 * count_flops(
-    lambda *args: recipe.method.loss(*args, jax.random.key(0), 0)[0],
-    state.params, state.extra, batch)
+  """FLOPs of the loss and its gradient in one training step, as if nothing was computed twice."""
+  config = recipes.ConfigDict(recipe.config.to_dict())
+  if "remat" in config.model:
+    del config.model.remat
+  method = recipes.make_method(config)
+
+  def gradient(params, extra, batch):
+    key = jax.random.key(0)
+    batch = method.draw(key, batch)
+    return jax.grad(lambda params: method.loss(
+      stop_frozen(config.optimizer.get("frozen"), params), extra, batch, key, 0)[0])(params)
+
+  batch = jax.eval_shape(lambda spec: recipe.augment.train(jax.random.key(0), spec),
+                         recipe.data.spec)
+  return count_flops(gradient, state.params, state.extra, batch)
 
 
 def weights_of(recipe, init, shardings, get_state) -> dict:
@@ -135,6 +157,8 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
            "data": recipe.data.info.fingerprint}
   sharding.check_agreement({name: json.dumps(fact) for name, fact in facts.items()})
   check_same_run(workdir, facts["config"])
+  if recipe.data.tokenizer:
+    keep_tokenizer(workdir / checkpoints.TOKENIZER, recipe.data.tokenizer.to_json())
   init = initial_state(recipe)
   abstract, shardings = abstract_state(recipe)
   store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
@@ -145,6 +169,8 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
     check_same_data(workdir, saved_facts, facts)
   else:
     state = jax.jit(init, out_shardings=shardings)()
+    if config.init:
+      state = checkpoints.take_parameters(state, **config.init.to_dict())
   start = int(state.step)
 
   # --- What runs on the mesh, and what tells of it ------------------------------------------------
@@ -157,7 +183,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
                     config=facts["config"])
   report.facts(describe(recipe, abstract, start, workdir))
   spent = dict.fromkeys(("start", "compilation", "input wait", "evaluation", "checkpoints"), 0.0)
-  unchecked, last_finite = [], "none"
+  unchecked, warned, last_finite = [], [], "none"
 
   def timed(name, function, *args):
     before = time.monotonic()
@@ -188,7 +214,12 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
     return {f"train/{name}": value for name, value in metrics.items()}
 
   def log_step(step):
-    report.train(step, {**fetch(step), "train/lr": float(recipe.rate(step - 1))})
+    metrics = fetch(step)
+    report.train(step, {**metrics, "train/lr": float(recipe.rate(step - 1))})
+    text = recipe.method.warn({name.removeprefix("train/"): x for name, x in metrics.items()})
+    if text and not warned:
+      warned.append(text)
+      log.warning("step %s: %s", step, text)
 
   def evaluation_due(step):
     return step == recipe.total or (

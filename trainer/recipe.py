@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 from trainer import optimizer, schedule, sharding
 
 UNITS = ("steps", "epochs", "examples")
+# What the data says of a model's inputs and outputs, to models that ask for it.
+FROM_DATA = ("image_size", "channels", "num_classes", "vocab_size", "context", "eos_id", "pad_id")
 
 
 def nearest(name: str, allowed) -> str:
@@ -210,9 +212,14 @@ def split_name(section: Mapping, field: str) -> tuple[str, dict]:
   return section.pop("name"), section
 
 
-def fill_from_data(config: ConfigDict, info) -> ConfigDict:
-  """Writes into the config what it leaves to the data: image size, channels, number of classes."""
+def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) -> ConfigDict:
+  """Writes into the config what it leaves to the data: steps, and the FROM_DATA of its model."""
   config = ConfigDict(config.to_dict())
+  total = total_steps(config, train_size)
+  for unit in UNITS:
+    if f"total_{unit}" in config:
+      del config[f"total_{unit}"]
+  config.total_steps = total
   h, w, c = info.image_shape
   if config.augment.get("image_size") is None:
     if h is None:
@@ -224,6 +231,8 @@ def fill_from_data(config: ConfigDict, info) -> ConfigDict:
   model.channels = model.get("channels") or c
   if model.channels != c:
     raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
+  for name in ("vocab_size", "context", "eos_id", "pad_id") if tokenizer else ():
+    model[name] = getattr(tokenizer, name)
   model.num_classes = info.num_classes if model.get("num_classes") is None else model.num_classes
   if 0 < model.num_classes < info.num_classes:
     raise ValueError(f"config.model.num_classes = {model.num_classes}: the data has labels up to "
@@ -243,12 +252,12 @@ def make_method(config: ConfigDict):
   """The method, on its model, of a config that `fill_from_data` has completed."""
   name, fields = split_name(config.model, "model")
   make = find_module("models", name, "config.model.name").make
-  from_data = {key: fields.pop(key) for key in ("image_size", "channels", "num_classes")
-               if key in fields}
+  from_data = {key: fields.pop(key) for key in FROM_DATA if key in fields}
   model = call(make, fields, "model", dtype=config.dtype, **from_data)
   name, fields = split_name(config.method, "method")
   make = find_module("methods", name, "config.method.name").make
-  return call(make, fields, "method", model=model)
+  return call(make, fields, "method", model=model, total_steps=config.total_steps,
+              batch_size=config.data.batch_size // config.accumulate)
 
 
 def make_data(config: ConfigDict, data_dir: str | None):
@@ -256,7 +265,8 @@ def make_data(config: ConfigDict, data_dir: str | None):
   crop = {key: config.augment[key] for key in ("image_size", "crop_area", "crop_ratio")
           if config.augment.get(key) is not None}
   return call(find_module("input_pipeline", "batches", "").make, config.data, "data",
-              data_dir=data_dir, seed=config.seed, **crop)
+              data_dir=data_dir, seed=config.seed, **crop,
+              views=1 if config.augment.get("second_view") is None else 2)
 
 
 def total_steps(config: ConfigDict, train_size: int) -> int:
@@ -267,10 +277,10 @@ def total_steps(config: ConfigDict, train_size: int) -> int:
 
 
 def make_optimizer(config: ConfigDict, train_size: int):
-  """(optax transformation, step -> learning rate)."""
+  """(optax transformation, step -> learning rate) of a config that `fill_from_data` completed."""
   batch_size = config.data.batch_size
   section = in_steps(config.schedule, ("warmup", "cooldown"), batch_size, train_size)
-  multiplier = call(schedule.make, section, "schedule", total_steps=total_steps(config, train_size))
+  multiplier = call(schedule.make, section, "schedule", total_steps=config.total_steps)
   return call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
               schedule=multiplier)
 
@@ -309,23 +319,25 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   """
   mesh = call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
   data = make_data(config, data_dir) if data is None else data
-  config = fill_from_data(config, data.info)
+  train_size = data.info.num_examples[data.train_split]
+  config = fill_from_data(config, data.info, train_size, data.tokenizer)
   augment = make_augment(config, data.cropped)
   method = make_method(config)
-  batch_size, train_size = config.data.batch_size, data.info.num_examples[data.train_split]
+  batch_size = config.data.batch_size
   sharding.check_batch(batch_size, config.accumulate, mesh)
   if config.wandb and importlib.util.find_spec("wandb") is None:
     raise ValueError("config.wandb = True: Weights & Biases is not installed (pip install wandb)")
   if not 0 <= config.ema_decay < 1:
     raise ValueError(f"config.ema_decay = {config.ema_decay}: expected a number in [0, 1)")
-  total = total_steps(config, train_size)
   tx, rate = make_optimizer(config, train_size)
   check_evals(config.evals)
+  if config.init:
+    find_module("trainer", "checkpoints", "").check_source(**config.init.to_dict())
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.
   arguments(find_module("trainer", "checkpoints", "").Checkpoints, checkpoint, "checkpoint",
             workdir="")
-  return Recipe(config, mesh, data, augment, method, tx, rate, total,
+  return Recipe(config, mesh, data, augment, method, tx, rate, config.total_steps,
                 max(1, steps(config, "log_every", batch_size, train_size, 50)),
                 steps(config, "eval_every", batch_size, train_size, 0),
                 checkpoint)

@@ -1,0 +1,121 @@
+"""Contrastive language-image pre-training.
+
+  python train.py --config=configs/clip.py           embedded letters and their names, minutes on
+                                                     two CPU cores
+  python train.py --config=configs/clip.py:smoke     the same in seconds
+
+CLIP (2103.00020): batch 32,768, 32 epochs of 400 million pairs, appendix F's tables 18 to 20.
+Published zero-shot ImageNet top-1 (table 11): B/32 63.2, B/16 68.6, L/14 75.3.
+
+  vit_b32, vit_b16, vit_l14
+
+SigLIP (2303.15343) as its authors' open reproduction trains it, B/16 at 224 pixels; and LiT
+(2111.07991): a locked image tower, --config.init.run=DIR of a B/16 that configs/vit.py trained, and
+a text tower that learns to read it (sec. 4 and appendix: 900 million pairs seen).
+
+  siglip_b16, lit_b16
+
+The papers' pairs are not public: these read the open tfds:laion400m. CLIP's tokenizer.json, and one
+of 32,000 tokens for the other two, are to be given: --config.data.tokenizer=PATH.json.
+"""
+
+from configs.base import get_base
+
+CLIP = {"vit_b32": ("CLIP-B/32", 5e-4), "vit_b16": ("CLIP-B/16", 5e-4),
+        "vit_l14": ("CLIP-L/14", 4e-4)}
+VARIANTS = ("", "smoke", *CLIP, "siglip_b16", "lit_b16")
+STYLES = ("sans", "serif", "mono", "bold sans", "bold serif", "bold mono", "italic sans",
+          "italic serif", "italic mono")
+NAMES = (*(f"digit {name}" for name in ("zero", "one", "two", "three", "four", "five", "six",
+                                        "seven", "eight", "nine")),
+         *(f"latin {case} letter {letter}" for case in ("capital", "small")
+           for letter in "abcdefghijklmnopqrstuvwxyz"))
+
+
+def get_config(variant: str = ""):
+  config = get_base()
+  config.method = dict(name="clip")
+  if variant in CLIP:
+    return clip(config, *CLIP[variant])
+  if variant == "siglip_b16":
+    return siglip(config)
+  if variant == "lit_b16":
+    return lit(config)
+  return embedded(config, smoke=variant == "smoke")
+
+
+def embedded(config, smoke: bool):
+  """Letters with their Unicode names; tested on font families and on names never seen."""
+  config.total_steps, config.eval_every_steps = 1500, 0
+  config.model = dict(name="clip", patch=8, width=128, depth=4, heads=4, mlp_dim=512, pool="mean",
+                      positions="sincos2d", embed_dim=128, text_width=128, text_depth=2,
+                      text_heads=4)
+  config.data = dict(source="glyphs/letters", batch_size=128, tokenizer="bpe", vocab_size=512,
+                     context=24, favour=r"(digit \w+|latin \w+ letter \w),", favour_share=0.4)
+  config.augment = dict(affine=dict(degrees=5, translate=0.1, scale=(0.8, 1.15), shear=12))
+  config.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=0.05, clip_norm=1.0)
+  config.schedule = dict(name="cosine", warmup_steps=100)
+  config.evals = dict(
+    zero_shot=dict(classes=NAMES, templates=tuple(f"{{}}, {style}" for style in STYLES)),
+    retrieval=dict(split="unseen_names", unique="[^,]*"))
+  if smoke:
+    config.expect = ""
+    config.total_steps, config.eval_every_steps, config.log_every_steps = 6, 3, 2
+    config.model.update(width=32, depth=2, heads=2, mlp_dim=64, embed_dim=16, text_width=32,
+                        text_depth=1, text_heads=2)
+    config.data.update(source="glyphs/digits_16", batch_size=16, vocab_size=300, favour=None)
+    config.evals.zero_shot.update(classes=NAMES[:10], templates=("{}, sans",))
+    config.schedule.warmup_steps = 2
+  return config
+
+
+def web_pairs(config, variant: str, batch_size: int):
+  """What the published recipes share: image-text pairs of the web, streamed."""
+  config.dtype = "bfloat16"
+  config.log_every_steps, config.checkpoint.every_steps = 50, 1000
+  config.model = dict(name="clip", variant=variant, scan=True)
+  config.data = dict(source="tfds:laion400m", batch_size=batch_size, workers=16,
+                     tokenizer="tokenizer.json", on_error="skip")
+  config.method.chunk = 2048
+  return config
+
+
+def clip(config, variant: str, lr: float):
+  """Appendix F; the only augmentation is a random square of the resized image."""
+  config = web_pairs(config, variant, batch_size=32768)
+  config.total_examples = 32 * 400_000_000
+  config.data.update(context=77)
+  config.augment = dict(image_size=224, crop_area=(0.9, 1.0), crop_ratio=(1.0, 1.0),
+                        mean=(0.48145466, 0.4578275, 0.40821073),
+                        std=(0.26862954, 0.26130258, 0.27577711))
+  config.optimizer = dict(name="adamw", lr=lr, b2=0.98, eps=1e-6, weight_decay=0.2)
+  config.schedule = dict(name="cosine", warmup_steps=2000)
+  return config
+
+
+def siglip(config):
+  """2303.15343 sec. 4; rates and schedule of the authors' siglip_replication in big_vision."""
+  config = web_pairs(config, "SigLIP-B/16", batch_size=32768)
+  config.total_examples = 3_000_000_000
+  config.method.update(loss="sigmoid", max_logit_scale=None)
+  config.data.update(context=64)
+  config.augment = dict(image_size=224, crop_area=None)
+  config.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=1e-4, clip_norm=1.0)
+  config.schedule = dict(name="rsqrt", warmup_steps=20_000, cooldown_steps=20_000)
+  return config
+
+
+def lit(config):
+  """2111.07991 sec. 4: the image tower stays as it was pre-trained."""
+  config = web_pairs(config, "B/16", batch_size=16384)
+  config.total_steps = 55_000
+  config.init = dict(run="", into="image")
+  config.model.update(pool="cls", embed_dim=768, text_width=768, text_depth=12, text_heads=12,
+                      text_pool="last", init_scale=10.0)
+  config.method.image_train = False
+  config.data.update(context=16)
+  config.augment = dict(image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  config.optimizer = dict(name="adafactor", lr=1e-3, weight_decay=1e-4, clip_norm=1.0,
+                          frozen="^image/")
+  config.schedule = dict(name="cosine", warmup_steps=10_000)
+  return config
