@@ -103,6 +103,7 @@ def vit_v3(config, variant: str):
 def embedded(config, smoke: bool):
   """Letters in the fonts of one family, probed on two families never seen: v2, a narrow ResNet."""
   config.total_steps, config.eval_every_steps = 1500, 0
+  config.expect = "linear probe 0.72 +- 0.03, 20-NN 0.61 +- 0.03 (untrained 0.31, 0.19)"
   config.model = dict(name="moco", backbone="resnet", variant="18", stem="small",
                       depths=(1, 1, 1, 1), widths=(8, 16, 32, 128), bn_groups=8, dim=64,
                       projector_hidden=(128,))

@@ -97,7 +97,7 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
   Raises:
     ValueError: a value is not allowed, named as SECTION.FIELD; or a batch does not fit the recipe.
   """
-  check, sometimes = functools.partial(_check, section), image_ops.sometimes
+  check = functools.partial(_check, section)
   size = (image_size,) * 2 if np.ndim(image_size) == 0 else tuple(image_size)
   check(len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size), "image_size",
         image_size, "an int > 0 or (height, width)")
@@ -140,7 +140,7 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     return image.astype(jnp.float32) / 255
 
   def to_gray(key, image):
-    return sometimes(key, image, grayscale, lambda _, x: image_ops.grayscale(x))
+    return image_ops.sometimes(key, image, grayscale, lambda _, x: image_ops.grayscale(x))
 
   def train_image(key, image):
     # One key an operation, on or off: switching one leaves the others' draws as they were.
@@ -155,16 +155,16 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
       image = image_ops.padded_crop(crop_key, image, size, crop_padding, interpolation)
     else:
       image = image_ops.centre_resize(image, size, interpolation)
-    image = sometimes(three_key, image, float(three_augment), image_ops.one_of_three)
+    image = image_ops.sometimes(three_key, image, float(three_augment), image_ops.one_of_three)
     if grayscale_first:
       image = to_gray(gray_key, image)
     if color_jitter is not None:
-      image = sometimes(jitter_key, image, jitter_prob,
-                        lambda key, x: image_ops.random_jitter(key, x, color_jitter))
+      image = image_ops.sometimes(jitter_key, image, jitter_prob,
+                                  lambda key, x: image_ops.random_jitter(key, x, color_jitter))
     if not grayscale_first:
       image = to_gray(gray_key, image)
-    image = sometimes(blur_key, image, blur, image_ops.random_blur)
-    image = sometimes(solarize_key, image, solarize, lambda _, x: image_ops.solarize(x))
+    image = image_ops.sometimes(blur_key, image, blur, image_ops.random_blur)
+    image = image_ops.sometimes(solarize_key, image, solarize, lambda _, x: image_ops.solarize(x))
     if flip:
       image = pix.random_flip_left_right(flip_key, image)
     if randaugment is not None:

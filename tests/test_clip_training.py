@@ -24,7 +24,7 @@ def run_train(workdir, data_dir, *flags, config="configs/clip.py:smoke"):
                      *flags])
 
 
-LEARN = ("--config.total_steps=150", "--config.eval_every_steps=0", "--config.log_every_steps=50",
+LEARN = ("--config.total_steps=300", "--config.eval_every_steps=0", "--config.log_every_steps=50",
          "--config.data.batch_size=64", "--config.optimizer.lr=3e-3",
          "--config.schedule.warmup_steps=20", "--config.evals.retrieval=none")
 
@@ -143,5 +143,6 @@ def test_a_locked_tower_comes_from_another_run_and_stays(data_dir, tmp_path, cap
   capsys.readouterr()
   assert run_train(tmp_path / "wide", data_dir, *locked, "--config.model.width=64") == 1
   assert "does not fit" in capsys.readouterr().err
+  assert not (tmp_path / "wide").exists()
   assert run_train(tmp_path / "none", data_dir, "--config.init.run=nowhere") == 1
   assert "nowhere holds no run" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import ast
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -66,6 +67,13 @@ PARAMETERS = {  # of published recipes: encoder, decoder and head as each trains
   # The published counts include the fixed position tables of encoder and decoder.
   "configs/mae.py:imagenet_b16": 111_907_840 - 197 * (768 + 512),
   "configs/mae.py:imagenet_l16": 329_541_888 - 197 * (1024 + 512),
+  "configs/resnet.py:imagenet_r18": 11_689_512,
+  "configs/resnet.py:imagenet_r50": 25_557_032,
+  "configs/clip.py:vit_b32": 151_277_313,
+  "configs/clip.py:vit_b16": 149_620_737,
+  "configs/clip.py:vit_l14": 427_616_513,
+  "configs/clip.py:siglip_b16": 203_155_970,
+  "configs/resnet.py:imagenet_r50_8k": 25_557_032,
 }
 
 
@@ -74,17 +82,23 @@ def test_every_recipe_builds(name):
   """All but the data: sections fit their functions, and the shapes of a step fit together."""
   config = recipe.load_config(name)
   size = 16 if name.endswith("smoke") else 32
-  shape = (None, None, 3) if "imagenet" in name else (size, size, 1)
-  info = Info(shape, 1000 if "imagenet" in name else 62, (), {"train": 1_281_167}, "")
-  config = recipe.fill_from_data(config, info)
+  embedded = config.data.source.startswith("glyphs")
+  shape = (size, size, 1) if embedded else (None, None, 3)
+  info = Info(shape, 62 if embedded else 1000, (), {"train": 1_281_167}, "")
+  tokenizer = SimpleNamespace(vocab_size=32_000 if name.endswith(("siglip_b16", "lit_b16")) else
+                              49_408, context=config.data.get("context"), eos_id=1, pad_id=0)
+  config = recipe.fill_from_data(config, info, 1_281_167,
+                                 tokenizer if config.data.get("tokenizer") else None)
   method, augment = recipe.make_method(config), recipe.make_augment(config)
   _, rate = recipe.make_optimizer(config, 1_281_167)
   recipe.check_evals(config.evals)
-  h, w = config.model.image_size
-  batch = {"image": jax.ShapeDtypeStruct((4, h, w, shape[2]), "uint8"),
-           "label": jax.ShapeDtypeStruct((4,), "int32")}
+  (h, w), rows = config.model.image_size, config.data.batch_size
+  batch = {"image": jax.ShapeDtypeStruct((rows, h, w, shape[2]), "uint8"),
+           "label": jax.ShapeDtypeStruct((rows,), "int32")}
+  if config.data.get("tokenizer"):
+    batch["text"] = jax.ShapeDtypeStruct((rows, tokenizer.context), "int32")
   key = jax.eval_shape(lambda: jax.random.key(0))
-  batch = jax.eval_shape(augment.train, key, batch)
+  batch = jax.eval_shape(lambda k, b: method.draw(k, augment.train(k, b)), key, batch)
   params, extra = jax.eval_shape(method.init, key, batch)
   loss, _ = jax.eval_shape(method.loss, params, extra, batch, key, 0)
   assert loss.shape == () and loss.dtype == "float32"

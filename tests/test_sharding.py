@@ -11,15 +11,30 @@ MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4),
           dict(data=2, fsdp=2, tensor=2)]
 
 
-@pytest.fixture(scope="module", params=["configs/vit.py:smoke", "configs/mae.py:smoke"])
+VIT = {"model.heads": "4", "model.drop_path": "0.2", "model.scan": "true"}
+RECIPES = {
+  "vit": ("configs/vit.py:smoke", VIT),
+  "mae": ("configs/mae.py:smoke", {**VIT, "model.decoder_heads": "4"}),
+  # A queue that a batch does not divide, and shuffled keys in 8 groups of batch statistics.
+  "moco_v1": ("configs/moco.py:smoke", {
+    "data.batch_size": "64", "model.bn_groups": "8", "model.projector_hidden": "()",
+    "method.queue_size": "100", "method.momentum": "0.9"}),
+  "moco_v3": ("configs/moco.py:smoke_v3", {**VIT, "data.batch_size": "64"}),
+  "clip": ("configs/clip.py:smoke", {**VIT, "model.text_heads": "4"}),
+  "siglip": ("configs/clip.py:smoke", {
+    **VIT, "model.text_heads": "4", "method.loss": "sigmoid", "model.init_bias": "-10.0",
+    "method.chunk": "8"}),
+  "diffusion": ("configs/diffusion.py:smoke", {"model.heads": "4", "model.scan": "true"}),
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
 def built(request, tmp_path_factory):
   # SGD, so that a difference in the gradient shows as it is: Adam would magnify rounding.
-  heads = {"model.decoder_heads": "4"} if "mae" in request.param else {}
-  config = recipe.load_config(request.param, {
-    **heads, "model.heads": "4", "optimizer.name": "sgd", "optimizer.b2": "none",
-    "schedule.warmup_steps": "0", "optimizer.lr": "0.1",
-    "model.drop_path": "0.2", "model.scan": "true", "ema_decay": "0.9",
-    "optimizer.clip_norm": "1.0"})
+  name, overrides = RECIPES[request.param]
+  config = recipe.load_config(name, {
+    **overrides, "optimizer.name": "sgd", "optimizer.b2": "none", "schedule.warmup_steps": "0",
+    "optimizer.lr": "0.1", "ema_decay": "0.9", "optimizer.clip_norm": "1.0"})
   return recipe.build(config, str(tmp_path_factory.mktemp("data")))
 
 

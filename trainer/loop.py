@@ -156,11 +156,16 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   facts = {"config": recipes.plain(config), "code": checkpoints.code_version(),
            "data": recipe.data.info.fingerprint}
   sharding.check_agreement({name: json.dumps(fact) for name, fact in facts.items()})
+  init = initial_state(recipe)
+  abstract, shardings = abstract_state(recipe)
+  if config.init:
+    try:
+      checkpoints.take_parameters(abstract, **config.init.to_dict())
+    except ValueError as error:
+      raise TrainingError(str(error)) from error
   check_same_run(workdir, facts["config"])
   if recipe.data.tokenizer:
     keep_tokenizer(workdir / checkpoints.TOKENIZER, recipe.data.tokenizer.to_json())
-  init = initial_state(recipe)
-  abstract, shardings = abstract_state(recipe)
   store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
                        metadata=facts)
   restored = store.restore(abstract)
