@@ -1,0 +1,106 @@
+"""Diffusion end to end: guidance, meshes, bad input; the frame's maths is tested beside it."""
+
+import jax
+import numpy as np
+import pytest
+
+from methods import diffusion
+from models import dit
+from trainer import recipe, sharding
+
+SMALL = dict(image_size=16, channels=1, patch=4, width=32, depth=2, heads=2, mlp_dim=64)
+
+
+def make(num_classes=3, samples=None, **fields):
+  model = dit.make(num_classes=num_classes, **SMALL, **fields.pop("model", {}))
+  method = diffusion.make(model, samples=samples or {"sample": dict(steps=3)}, **fields)
+  batch = {"image": jax.random.normal(jax.random.key(0), (8, 16, 16, 1)),
+           "label": np.arange(8, dtype=np.int32) % 3}
+  params, extra = method.init(jax.random.key(1), batch)
+  params = jax.tree.map(  # adaLN-Zero starts at zero: nothing would depend on the label
+    lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
+  return model, method, batch, params, extra
+
+
+def sample(method, params, batch, name="sample", seed=3, **more):
+  return np.asarray(jax.jit(method.predict[name])(params, {}, {**batch, **more},
+                                                  jax.random.key(seed)))
+
+
+def test_guidance_0_is_unconditional_and_1_conditional_bit_for_bit():
+  samples = {"sample": dict(steps=3), "none": dict(steps=3, guidance_scale=0.0),
+             "given": dict(steps=3, guidance_scale=1.0)}
+  _, method, batch, params, _ = make(samples=samples)
+  asked = {"label": batch["label"]}
+  null = {"label": np.full(8, 3, np.int32)}
+  given = sample(method, params, asked, "given")
+  none = sample(method, params, null, "given")
+  assert np.abs(given - none).max() > 1e-3
+  np.testing.assert_array_equal(sample(method, params, asked, "none"), none)
+  for scale, expected in ((0.0, none), (1.0, given)):
+    guidance = np.full(8, scale, np.float32)
+    np.testing.assert_allclose(sample(method, params, asked, guidance=guidance), expected,
+                               atol=1e-5)
+  two = sample(method, params, asked, guidance=np.full(8, 2.0, np.float32))
+  assert np.abs(two - given).max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [
+  dict(sampler="heun", steps=3), dict(sampler="euler_maruyama", steps=3, grid_options=dict(
+    start=0.99))], ids=lambda o: o["sampler"])
+def test_same_seed_same_images_on_any_mesh(options):
+  _, method, batch, params, _ = make(samples={"sample": options})
+  alone = sample(method, params, {"label": batch["label"]})
+  for mesh in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
+    mesh = sharding.make_mesh(**mesh)
+    there = jax.device_put(params, sharding.shard_state(params, mesh))
+    label = jax.device_put(batch["label"], sharding.batch_sharding(mesh))
+    np.testing.assert_allclose(sample(method, there, {"label": label}), alone, atol=1e-5)
+  assert np.abs(sample(method, params, {"label": batch["label"]}, seed=4) - alone).max() > 0.1
+
+
+@pytest.mark.parametrize("fields", [
+  dict(), dict(path="vp_cosine", prediction="v"), dict(path="edm", prediction="edm",
+  times="log_normal", weighting="edm", samples={"sample": dict(sampler="edm", grid="karras",
+                                                               steps=3)}),
+  dict(path="vp_discrete", prediction="eps", weighting="snr", model=dict(learn_sigma=True),
+       samples={"sample": dict(sampler="ddpm", grid="discrete", steps=3,
+                               sampler_options=dict(variance="learned"))}),
+  dict(path="ve", prediction="score", weighting="sigma2", samples={"sample": dict(
+    sampler="heun", steps=3, grid_options=dict(end=1e-5))}),
+  dict(num_classes=0)], ids=str)
+def test_every_corner_of_the_frame_trains_and_samples(fields):
+  model, method, batch, params, extra = make(**fields)
+  drawn = method.draw(jax.random.key(5), batch)
+  value, (after, _) = method.loss(params, extra, drawn, jax.random.key(6), 0)
+  grads = jax.grad(lambda p: method.loss(p, extra, drawn, jax.random.key(6), 0)[0])(params)
+  assert np.isfinite(value) and after == {}
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+  image = sample(method, params, batch if not model.num_classes else {"label": batch["label"]},
+                 noise=np.ones((8, 16, 16, 1), np.float32))
+  assert image.shape == (8, 16, 16, 1) and np.isfinite(image).all()
+
+
+def test_labels_are_dropped_as_often_as_asked():
+  _, method, batch, _, _ = make(label_dropout=0.25)
+  big = {"image": np.zeros((4000, 16, 16, 1), np.float32)}
+  share = np.asarray(method.draw(jax.random.key(0), big)["drop"]).mean()
+  assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("overrides, message", [
+  ({"method.path": "liner"}, "did you mean 'linear'"),
+  ({"method.prediction": "velocty"}, "did you mean 'velocity'"),
+  ({"method.label_dropout": "1.0"}, r"method.label_dropout = 1.0: expected a number in \[0, 1\)"),
+  ({"method.samples.sample.steps": "0"}, "steps = 0: expected at least one"),
+  ({"method.samples.sample.sampler": "huen"}, "did you mean 'heun'"),
+  ({"method.samples.sample.stepps": "3"}, "method.samples.sample: .*stepps"),
+  ({"method.path": "vp_discrete", "method.prediction": "eps"}, "needs d alpha / dt"),
+  ({"method.path": "vp_discrete", "method.prediction": "velocity"}, "did you mean 'v'"),
+  ({"method.path": "edm", "method.times": "logit_normal"}, "logit_normal"),
+  ({"method.samples.sample.grid_options": "{'start': 2.0}"}, "2 is outside path 'linear'"),
+  ({"model.learn_sigma": "true"}, "model.learn_sigma needs method.path = 'vp_discrete'"),
+])
+def test_bad_input(overrides, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    recipe.build(recipe.load_config("configs/diffusion.py:smoke", overrides), str(tmp_path))
