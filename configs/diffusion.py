@@ -24,8 +24,8 @@ def embedded(config, vp: bool, smoke: bool):
   config.method = dict(name="diffusion", prediction="x0", weighting="uniform", label_dropout=0.1)
   if vp:
     config.method.update(path="vp_cosine", samples=dict(
-      sample=dict(sampler="dpmpp_2m", grid="log_snr", steps=50),
-      sample_10=dict(sampler="dpmpp_2m", grid="log_snr", steps=10)))
+      sample=dict(sampler="dpmpp_2m", grid="log_snr", steps=50, grid_options=dict(start=0.995)),
+      sample_10=dict(sampler="dpmpp_2m", grid="log_snr", steps=10, grid_options=dict(start=0.995))))
   else:
     config.method.update(path="linear", samples=dict(
       sample=dict(sampler="euler", steps=50), sample_10=dict(sampler="heun", steps=10)))

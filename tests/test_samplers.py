@@ -229,6 +229,18 @@ def test_churn_raises_the_noise_where_it_may(float64):
   np.testing.assert_allclose(out, y, rtol=1e-9)
 
 
+@pytest.mark.parametrize("last_noise", [False, True])
+def test_the_last_step_of_euler_maruyama_draws_noise_if_asked(float64, last_noise):
+  """Its size is sqrt(w dt), with w = 0.5 sigma_t and sigma_t = t."""
+  path, x = paths.linear(), np.ones((3, 2))
+  def end(size):
+    return samplers.sample(optimal(path), x, [0.8, 0.5, 0.4], path, "euler_maruyama",
+                           diffusion="sigma", scale=0.5, last_noise=last_noise,
+                           noise=np.stack([np.zeros_like(x), np.full_like(x, size)]))
+  expected = np.sqrt(0.5 * 0.5 * 0.1) if last_noise else 0
+  np.testing.assert_allclose(end(1.0) - end(0.0), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_learned_variance_lies_between_the_bounds(float64):
   path, times = paths.vp_discrete(), np.array([600.0, 599.0])
   x, noise = np.zeros((3, 2)), np.ones((1, 3, 2))
