@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
       model.get("channels") or (len(mean) if isinstance(mean, tuple) else None),
       model.get("num_classes") or (0 if config.method.name != "supervised" else None),
       views=1 if augment.get("second_view") is None else 2,
-      **{name: config.data[name] for name in
-         ("tokenizer", "context", "vocab_size", "eos_id", "pad_id") if name in config.data})
+      **{name: config.data[name] for name in ("latents", "tokenizer", *recipe.FROM_TEXT)
+         if name in config.data})
     built = recipe.build(config, data=data, devices=plan.topology_devices(args.topology))
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ def get_base() -> ConfigDict:
     dtype="float32",  # of computation: float32 or bfloat16; parameters are always float32
     accumulate=1,  # parts that a batch's gradient is computed in, one after another
     ema_decay=0.0,  # of the running average of parameters that evaluation uses; 0 = none
+    ema_gamma=0.0,  # power-function average instead, of a longer and longer past; 0 = none
     eval_batch_size=256,
     wandb=False,  # log to Weights & Biases too
     expect="",  # what the recipe reaches, shown at the start
@@ -21,7 +22,7 @@ def get_base() -> ConfigDict:
     model={},  # models/NAME.py: make
     method={},  # methods/NAME.py: make
     data={},  # input_pipeline/batches.py: make
-    augment={},  # input_pipeline/augment.py: make
+    augment={},  # input_pipeline/augment.py: make; of latents input_pipeline/latents.py
     optimizer={},  # trainer/optimizer.py: make
     schedule={},  # trainer/schedule.py: make
     mesh=dict(data=-1, fsdp=1, tensor=1),  # trainer/sharding.py: make_mesh

@@ -35,10 +35,7 @@ def evaluate(context, examples=8, prediction="reconstruct"):
   images = pixels.reshape(batch["image"].shape)  # b h w c
   out = context.predict(prediction, {"image": images}, jax.random.key(context.seed))
 
-  def to_pixels(x):
-    return x * np.asarray(context.std) + np.asarray(context.mean)
-
-  original, predicted = to_pixels(images), to_pixels(out["image"])
+  original, predicted = context.to_pixels(images), context.to_pixels(out["image"])
   removed = mask_image(out["mask"], *images.shape[1:3])  # b h w 1
   square = (predicted - original)**2 * removed
   mse = float(np.sum(square) / (np.sum(removed) * images.shape[-1]))

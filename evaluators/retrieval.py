@@ -164,9 +164,9 @@ def evaluate(context, split: str | None = None, ks=(1, 5, 10), limit: int | None
     right = np.zeros((gallery, len(shown)), bool)
     right[image[image < gallery], np.searchsorted(shown, text[image < gallery])] = True
     pixels, batch = context.collect("pixels", split, "image", params=None, limit=gallery)
-    pixels = pixels.reshape(batch["image"].shape) * np.asarray(context.std)  # g h w c
+    pixels = context.to_pixels(pixels.reshape(batch["image"].shape))  # g h w c
     draw(context, split, images[:gallery] @ texts[shown].T, right,
-         pixels + np.asarray(context.mean), [strings[t] for t in shown], examples)
+         pixels, [strings[t] for t in shown], examples)
   return metrics | {"chance": len(image) / (len(images) * len(texts))}
 
 

@@ -4,20 +4,23 @@ import textwrap
 
 import jax
 import numpy as np
+from einops import rearrange
 from matplotlib.figure import Figure
 
-from evaluators import classification, knn
+from evaluators import knn
 
 
-def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), per_class: int = 4,
-             count: int = 1000, count_guidance: float = 2.0, judge: str = "", k: int = 5):
+def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), rows: int = 10,
+             per_class: int = 4, count: int = 1000, count_guidance: float = 2.0, judge: str = "",
+             k: int = 5):
   """Share of samples that a judge trained on real images recognises as the class asked for.
 
   Args:
     predictions: names of the method's samplers.
-    guidance: scales that the figure shows, a block of columns each.
+    guidance: scales that the figure shows, a block of columns each (one block without labels).
+    rows: classes that the figure shows, evenly spread over all there are.
     per_class: samples of each class and scale in the figure; 0 = no figure.
-    count: samples that the judge sees, the classes in turn; 0 = none.
+    count: samples that the judge sees at the end of training, the classes in turn; 0 = none.
     count_guidance: their guidance scale.
     judge: run directory of a classifier of images of this size; "" = k-NN on the pixels of four
       fifths of the training split.
@@ -28,52 +31,61 @@ def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), pe
 
   Returns:
     {prediction}/recognised for each prediction; judge/held_out, its accuracy on the real images of
-    the evaluation split, or of the last fifth of the training split for k-NN.
+    the evaluation split, or of the last fifth of the training split for k-NN. {} without labels.
 
   Raises:
-    ValueError: data without labels; numbers out of range.
+    ValueError: numbers out of range.
   """
-  classes = classification.num_classes(context, "samples")
-  if per_class < 0 or count < 0 or k < 1:
-    raise ValueError(f"evals.samples: per_class = {per_class}, count = {count} and k = {k} must be "
-                     "at least 0, 0 and 1")
-  mean, std = np.asarray(context.mean), np.asarray(context.std)
-
-  def draw(prediction, labels, scale, seed):
-    """Samples in [0, 1], in batches of one size."""
-    size, parts = min(250, len(labels)), []
-    for start in range(0, len(labels), size):
-      part = np.resize(labels[start:start + size], size)
-      batch = {"label": part.astype(np.int32), "guidance": np.full(size, scale, np.float32)}
-      key = jax.random.fold_in(jax.random.key(context.seed + seed), start)
-      parts.append(context.predict(prediction, batch, key))
-    return np.clip(np.concatenate(parts)[:len(labels)] * std + mean, 0, 1)   # b h w c
-
-  metrics = {}
-  if count:
+  if min(per_class, count) < 0 or min(rows, k) < 1:
+    raise ValueError(f"evals.samples: per_class = {per_class}, count = {count}, rows = {rows} and "
+                     f"k = {k} must be at least 0, 0, 1 and 1")
+  classes, metrics = context.info.num_classes, {}
+  shown = np.unique(np.linspace(0, max(classes - 1, 0), rows).round().astype(int))
+  scales = guidance if classes else (1.0,)
+  judging = count and context.final and classes
+  if judging:
     judged, metrics["judge/held_out"] = make_judge(context, judge, k, classes)
     labels = np.arange(count) % classes
   for prediction in predictions:
-    if count:
-      images = draw(prediction, labels, count_guidance, seed=1)
+    if judging:
+      images = draw(context, prediction, labels, count_guidance, seed=1)
       metrics[f"{prediction}/recognised"] = judged(images, labels)
     if per_class:
-      rows = [draw(prediction, np.repeat(np.arange(classes), per_class), scale, seed=0)
-              for scale in guidance]
-      figure = sheet(np.stack(rows), classes, guidance, context.info.class_names)
+      labels_shown = np.repeat(shown, per_class) if classes else np.zeros(rows * per_class, int)
+      blocks = [draw(context, prediction, labels_shown, scale, seed=0) for scale in scales]
+      names = [(context.info.class_names or range(classes))[i] for i in shown] if classes else None
+      figure = sheet(np.stack(blocks), per_class, scales, names)
       figure.supxlabel(textwrap.fill(
-        f"Step {context.step}, {prediction!r}: a row for each class, the same noise at every "
-        "guidance scale (0: the class is not told).", 90), fontsize=8)
+        f"Step {context.step}, {prediction!r}" + (
+          ": a row for each class, the same noise at every guidance scale (0: the class is not "
+          "told)." if classes else "."), 90), fontsize=8)
       context.figures.mkdir(parents=True, exist_ok=True)
       figure.savefig(context.figures / f"{prediction}_step{context.step:08d}.png", dpi=150)
   return metrics
+
+
+def draw(context, prediction: str, labels, scale: float, seed: int):
+  """Samples of `labels` [b] in [0, 1], [b, h, w, c], made in batches of one size.
+
+  The noise follows from the run's seed and `seed`. Data without labels takes their number only.
+  """
+  _, batch = context.collect("pixels", context.train_split, "image", params=None, limit=1)
+  size, parts = min(250, len(labels)), []
+  for start in range(0, len(labels), size):
+    noise_key, key = jax.random.split(jax.random.fold_in(jax.random.key(context.seed + seed), start))
+    inputs = {"noise": jax.random.normal(noise_key, (size, *batch["image"].shape[1:]))}
+    if context.info.num_classes:
+      part = np.resize(labels[start:start + size], size).astype(np.int32)
+      inputs |= {"label": part, "guidance": np.full(size, scale, np.float32)}
+    parts.append(context.predict(prediction, inputs, key))
+  return np.clip(context.to_pixels(np.concatenate(parts)[:len(labels)]), 0, 1)
 
 
 def make_judge(context, judge: str, k: int, classes: int):
   """((images in [0, 1] [b, h, w, c], labels [b]) -> accuracy, its accuracy on held-out images)."""
   split = context.eval_split if judge else context.train_split
   pixels, batch = context.collect("pixels", split, "image", "label", params=None)
-  real = np.clip(pixels.reshape(batch["image"].shape) * context.std + context.mean, 0, 1)
+  real = np.clip(context.to_pixels(pixels.reshape(batch["image"].shape)), 0, 1)
   labels = batch["label"]
   if judge:
     run = context.load_run(judge)
@@ -92,27 +104,25 @@ def make_judge(context, judge: str, k: int, classes: int):
   return judged, judged(real[held], labels[held])
 
 
-def sheet(images, classes, guidance, names):
-  """images [scales, classes * n, h, w, c] in [0, 1] -> one figure, blocks of n columns a scale."""
-  scales, per_class = len(guidance), images.shape[1] // classes
-  h, w, c = images.shape[2:]
-  blocks = images.reshape(scales, classes, per_class, h, w, c).transpose(1, 3, 0, 2, 4, 5)
-  gap = np.ones((classes, h, scales, per_class, 1, c))                       # a line between images
-  blocks = np.concatenate([blocks, gap], axis=4)
-  gap = np.ones((classes, 1, *blocks.shape[2:]))
-  blocks = np.concatenate([blocks, gap], axis=1)                             # class h+1 s n w+1 c
-  canvas = blocks.reshape(classes * (h + 1), -1, c)
+def sheet(images, per_class: int, guidance, names: list | None):
+  """images [scales, rows * n, h, w, c] in [0, 1] -> one figure, blocks of n columns a scale."""
+  scales, rows, (h, w, c) = len(images), images.shape[1] // per_class, images.shape[2:]
+  line = [(0, 0)] * 3 + [(0, 1), (0, 1), (0, 0)]                             # between images
+  canvas = np.pad(rearrange(images, "s (r n) h w c -> s r n h w c", n=per_class), line,
+                  constant_values=1)
+  canvas = rearrange(canvas, "s r n h w c -> (r h) (s n w) c")[..., :3]      # of latents, the first
   width = per_class * (w + 1)
-  figure = Figure((min(12, 0.45 * scales * per_class + 1), min(14, 0.45 * classes + 1)),
+  figure = Figure((min(12, 0.45 * scales * per_class + 1), min(14, 0.45 * rows + 1)),
                   layout="constrained")
   axis = figure.subplots()
-  axis.imshow(canvas[..., 0] if c == 1 else canvas, cmap="gray", vmin=0, vmax=1,
+  axis.imshow(canvas if canvas.shape[-1] == 3 else canvas[..., 0], cmap="gray", vmin=0, vmax=1,
               interpolation="nearest")
-  axis.set_xticks([(i + 0.5) * width for i in range(scales)],
-                  [f"guidance {scale:g}" for scale in guidance], fontsize=8)
-  axis.set_yticks([(i + 0.5) * (h + 1) for i in range(classes)],
-                  names or [str(i) for i in range(classes)], fontsize=8)
+  axis.set(xticks=[], yticks=[])
+  axis.tick_params(length=0)
+  if names:
+    axis.set_xticks([(i + 0.5) * width for i in range(scales)],
+                    [f"guidance {scale:g}" for scale in guidance], fontsize=8)
+    axis.set_yticks([(i + 0.5) * (h + 1) for i in range(rows)], names, fontsize=8)
   for i in range(1, scales):
     axis.axvline(i * width - 1, color="tab:orange", linewidth=1.5)
-  axis.tick_params(length=0)
   return figure

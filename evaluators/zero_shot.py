@@ -88,9 +88,9 @@ def evaluate(context, classes=None, templates=("{}",), split: str | None = None,
   hits = retrieval.recall(images, embeddings, (np.arange(len(images)), batch["label"]), ks)
   if examples:
     pixels, shown = context.collect("pixels", split, "image", "label", params=None, limit=examples)
-    pixels = pixels.reshape(shown["image"].shape) * np.asarray(context.std)  # b h w c
+    pixels = context.to_pixels(pixels.reshape(shown["image"].shape))  # b h w c
     p = classify(images[:examples], embeddings, context.predict("logit_scale", {}))
-    figure = sheet(pixels + np.asarray(context.mean), shown["label"], p, names)
+    figure = sheet(pixels, shown["label"], p, names)
     figure.supxlabel(f"Step {context.step}, {split}: the likeliest classes, with probabilities. "
                      "Green: right.", fontsize=8)
     context.figures.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ class Augment(NamedTuple):
   train: Callable  # (rng, batch) -> batch: uint8 [b, h, w, c] -> float32 [b, H, W, c], normalised;
   #                  with "image_2", of the same shape, where the recipe has a second view
   eval: Callable   # (batch) -> batch: the same shapes, deterministic; one view
+  to_pixels: Callable  # (images as these give them) -> NumPy, 0 is black and 1 white
 
 
 def mix(key, batch, mixup, cutmix, prob=1.0):
@@ -188,7 +189,7 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     image = jax.vmap(resize)(to_float(batch["image"]))
     return {**batch, "image": (image - mean[None]) / std[None]}
 
-  return Augment(train, evaluate)
+  return Augment(train, evaluate, lambda image: np.asarray(image) * std + mean)
 
 
 FIELDS = {p.name: p.annotation for p in inspect.signature(one_view).parameters.values()
@@ -229,4 +230,4 @@ def make(*, second_view=None, **fields) -> Augment:
     return {**first.train(first_key, batch),
             "image_2": second.train(second_key, {"image": batch[source]})["image"]}
 
-  return Augment(train, first.eval)
+  return first._replace(train=train)

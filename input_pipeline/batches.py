@@ -23,7 +23,7 @@ from rich.progress import track
 
 from input_pipeline import sources, text
 
-CHOICES = {"on_error": ("raise", "skip")}
+CHOICES = {"on_error": ("raise", "skip"), "latents": sources.LATENTS}
 SHUFFLE, CROP, CROP_2, CAPTION, PERMUTE = range(5)  # the purposes of randomness
 
 
@@ -32,7 +32,8 @@ class Data(NamedTuple):
 
   With a tokenizer also text, int32 (b, l): in training one of the image's captions, drawn anew
   each time; in evaluation the first, and besides captions (b, m, l), of which the first
-  num_captions (b,) are the image's and the rest padding.
+  num_captions (b,) are the image's and the rest padding. Of latents, image is float32 as
+  `sources.read_latent` gives it.
 
   `rows`, a slice or an index array, are the rows of the global batch that this process holds.
   """
@@ -53,6 +54,7 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
          prefetch_batches: int = 2, repeats: int = 1, views: int = 1,
          crop_area: tuple[float, float] | None = None,
          crop_ratio: tuple[float, float] = (3 / 4, 4 / 3), on_error: str = "raise",
+         latents: str | None = None,
          tokenizer: str | None = None, context: int = 64, vocab_size: int = 1024,
          lower_case: bool = False, eos_id: int | None = None, pad_id: int | None = None,
          permute_text: bool = False, favour: str | None = None,
@@ -78,6 +80,8 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     on_error: "raise" on a record that cannot be used, or "skip" it and warn: in training the next
       good one of the split stands in for it, in evaluation it is not valid. Bad rows of a metadata
       file are left out altogether.
+    latents: where an autoencoder's arrays stand in the place of images, what they hold: "mean",
+      "mean_std" or "moments", see `sources.read_latent`. They are neither cropped nor resized.
     tokenizer: "bytes", "bpe", which is trained on the captions of `train_split` (a spread of
       100,000 examples if there are more), or PATH.json; None = no text.
     context, vocab_size, lower_case, eos_id, pad_id: see `text.make`.
@@ -89,7 +93,7 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
   Raises:
     ValueError, FileNotFoundError: a field of the configuration or a record that does not do.
   """
-  splits, info = sources.open_source(source, data_dir, on_error)
+  splits, info = sources.open_source(source, data_dir, on_error, latents)
   if eval_split is None:
     eval_split = next((s for s in ("test", "val", "validation") if s in splits), None)
   _check_split("data.train_split", train_split, splits)
@@ -109,6 +113,9 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
   if size is None:
     raise ValueError("augment.image_size=None, but the images are of several sizes: set it")
   size = tuple(size)
+  if latents and (size != native or crop_area or views > 1):
+    raise ValueError(f"augment: the latents of {source!r} are {native[0]}x{native[1]} and are not "
+                     "cropped or resized: set no other image_size, no crop_area, no second_view")
   # The margin that centre crops leave is the counterpart of random crops, which enlarge things.
   margin = 256 / 224 if crop_area else 1.0
   centre = None if native == size else functools.partial(centre_box, size, margin)
@@ -128,13 +135,15 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
   skipped = {split: {} for split in splits}  # record number -> error, of what was streamed so far
 
   def is_cached(split: str) -> bool:
-    return native is not None and info.num_examples[split] * math.prod(
-      info.image_shape) <= cache_bytes
+    example = make_spec(1, native, channels, latents=latents)["image"] if native else None
+    return bool(example) and info.num_examples[split] * example.size * example.dtype.itemsize <= (
+      cache_bytes)
 
   def parse(record, boxes=(None,)) -> dict[str, np.ndarray]:
     """A record as arrays: its crops and label; and its captions. Raises sources.BadRecord."""
-    result = {name: sources.decode(record, channels, size if box else None, box)
-              for name, box in zip(("image", "image_2"), boxes)}
+    result = {"image": sources.read_latent(record, latents)} if latents else {
+      name: sources.decode(record, channels, size if box else None, box)
+      for name, box in zip(("image", "image_2"), boxes)}
     if "label" in record:
       result["label"] = np.int32(record["label"])
     if tokens and "text" in record:
@@ -143,7 +152,8 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
 
   @functools.cache
   def cache(split: str) -> dict[str, np.ndarray]:
-    return load(splits[split], parse, split, info.image_shape, on_error, tokens)
+    example = make_spec(1, native, channels, latents=latents)["image"]
+    return load(splits[split], parse, split, example, on_error, tokens)
 
   def read(split, numbers, batch_size, rows, index_of, boxes_of, is_train):
     rows = np.arange(batch_size)[slice(None) if rows is None else rows]
@@ -220,20 +230,29 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
                 lambda position: np.where(position < count, position, 0), lambda _: [centre], False)
 
   cropped = not is_cached(train_split)
-  spec = {"image": jax.ShapeDtypeStruct((batch_size, *(size if cropped else native), channels),
-                                        np.uint8)}
-  if cropped and views == 2:
-    spec["image_2"] = spec["image"]
-  if info.num_classes:
+  spec = make_spec(batch_size, size if cropped else native, channels, info.num_classes, tokens,
+                   views if cropped else 1, latents)
+  return Data(info, train, evaluate, cropped, spec, train_split, eval_split, tokens)
+
+
+def make_spec(batch_size: int, size: tuple[int, int], channels: int, num_classes: int = 0,
+              tokens: text.Tokenizer | None = None, views: int = 1,
+              latents: str | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a global training batch."""
+  stored = channels * (2 if latents in ("mean_std", "moments") else 1)
+  image = jax.ShapeDtypeStruct((batch_size, *size, stored), np.float32 if latents else np.uint8)
+  spec = dict.fromkeys(("image", "image_2")[:views], image)
+  if num_classes:
     spec["label"] = jax.ShapeDtypeStruct((batch_size,), np.int32)
   if tokens:
-    spec["text"] = jax.ShapeDtypeStruct((batch_size, context), np.int32)
-  return Data(info, train, evaluate, cropped, spec, train_split, eval_split, tokens)
+    spec["text"] = jax.ShapeDtypeStruct((batch_size, tokens.context), np.int32)
+  return spec
 
 
 def stand_in(source: str, batch_size: int, image_size=None, channels: int | None = None,
              num_classes: int | None = None, train_examples: int = 1_281_167,
-             views: int = 1, tokenizer: str | None = None, **text_options) -> Data:
+             views: int = 1, latents: str | None = None, tokenizer: str | None = None,
+             **text_options) -> Data:
   """Data that has shapes and cannot be read: for planning a run where its data set is not.
 
   The embedded source knows its own shapes; of others the caller has to say them. `text_options`
@@ -253,13 +272,8 @@ def stand_in(source: str, batch_size: int, image_size=None, channels: int | None
       raise ValueError(f"without the data of {source!r}, the config must say {', '.join(unknown)}")
     size = image_size
   size = (size, size) if isinstance(size, int) else tuple(size)
-  image = jax.ShapeDtypeStruct((batch_size, *size, channels), np.uint8)
-  spec = dict.fromkeys(("image", "image_2")[:views], image)
-  if num_classes:
-    spec["label"] = jax.ShapeDtypeStruct((batch_size,), np.int32)
   tokens = None if tokenizer is None else text.make(tokenizer, **text_options)
-  if tokens:
-    spec["text"] = jax.ShapeDtypeStruct((batch_size, tokens.context), np.int32)
+  spec = make_spec(batch_size, size, channels, num_classes, tokens, views, latents)
   info = sources.Info((*size, channels), num_classes, (), {"train": train_examples}, "")
   return Data(info, None, None, True, spec, "train", None, tokens)
 
@@ -419,15 +433,16 @@ def first_good(records, index: int, parse: Callable, on_error: str) -> tuple[int
   raise ValueError(f"no record of the split can be read: {error}")
 
 
-def load(records, parse: Callable, name: str, shape: tuple[int, int, int], on_error: str,
+def load(records, parse: Callable, name: str, example: jax.ShapeDtypeStruct, on_error: str,
          tokens: text.Tokenizer | None) -> dict[str, np.ndarray]:
   """Reads a whole split into arrays, good records in the place of bad ones that are skipped.
 
-  image uint8 (n, h, w, c), bad (n,) and, if any, label int32 (n,), captions int32 (n, m, l) and
-  num_captions int32 (n,).
+  image (n, h, w, c) like `example` (1, h, w, c), bad (n,) and, if any, label int32 (n,), captions
+  int32 (n, m, l) and num_captions int32 (n,).
   """
   n, errors = len(records), {}
-  images = np.empty((n, *shape), np.uint8)
+  shape = example.shape[1:]
+  images = np.empty((n, *shape), example.dtype)
 
   def fill(start):
     rows = []

@@ -26,6 +26,8 @@ from input_pipeline import glyphs, text
 log = logging.getLogger("vitrine")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "test", "val", "validation")  # the sub-folders that are splits
+ARRAYS = (".npy", ".npz")
+LATENTS = ("mean", "mean_std", "moments")  # what the channels of a stored latent are
 METADATA = ("metadata.csv", "metadata.jsonl")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name by number of channels
 
@@ -41,7 +43,8 @@ class Info(NamedTuple):
 
 class Source(NamedTuple):
   """`splits[name][i]` is {"image": encoded bytes or their file, "name": str} and, where the data
-  has them, "label": int and "text": str, or a tuple of captions where images have several."""
+  has them, "label": int and "text": str, or a tuple of captions where images have several. Of
+  latents "image" is the array or its file."""
   splits: Mapping[str, Sequence]
   info: Info
 
@@ -67,7 +70,8 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
   return f"allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def open_source(source: str, data_dir: str | None = None, on_error: str = "raise") -> Source:
+def open_source(source: str, data_dir: str | None = None, on_error: str = "raise",
+                latents: str | None = None) -> Source:
   """Opens a source for random access; prepares a TFDS set on first use.
 
   Args:
@@ -75,6 +79,8 @@ def open_source(source: str, data_dir: str | None = None, on_error: str = "raise
       `folder:PATH`, see `_open_folder`.
     data_dir: where TFDS keeps its sets; its own default if None.
     on_error: "skip" passes over the bad rows of a metadata file, and warns of their number.
+    latents: one of LATENTS where arrays of an autoencoder stand in the place of images: a folder's
+      files are .npy or .npz, a TFDS set has a feature "latent" or "moments".
 
   Raises:
     ValueError, FileNotFoundError: an unknown source, or one that cannot be read, and why.
@@ -83,9 +89,9 @@ def open_source(source: str, data_dir: str | None = None, on_error: str = "raise
   if source.split("/")[0] == "glyphs":
     return _open_tfds(_glyphs_builder(source, data_dir))
   if scheme == "tfds" and rest:
-    return _open_tfds(_tfds_builder(rest, data_dir))
+    return _open_tfds(_tfds_builder(rest, data_dir), latents)
   if scheme == "folder" and rest:
-    return _open_folder(Path(rest).expanduser(), on_error)
+    return _open_folder(Path(rest).expanduser(), on_error, latents)
   if source and Path(source).expanduser().is_dir():
     raise ValueError(f"data.source={source!r} is a folder: write 'folder:{source}' for a folder of "
                      f"images, 'tfds:{source}' for a prepared TFDS set")
@@ -135,6 +141,47 @@ def _opened(record: Mapping[str, Any]):
       yield image
   except Exception as e:
     raise BadRecord("undecodable image", f"cannot decode the image {record['name']}: {e}") from e
+
+
+def read_latent(record: Mapping[str, Any], layout: str) -> np.ndarray:
+  """A stored latent as float32 (h, w, c), with its deviations (h, w, 2c) unless it is "mean" only.
+
+  Args:
+    record: {"image": array, or a .npy or .npz file that holds one (or one named "moments" or
+      "latent"), "name": str}. Leading axes of length 1 are dropped. Channels are first where the
+      other two axes are equal or it is shorter than the last, else last.
+    layout: "mean"; "mean_std", or "moments" (mean and log variance), one after the other in the
+      channels, as an AutoencoderKL gives them.
+
+  Raises:
+    BadRecord: it cannot be read, is not finite or is no such array. Nothing is unpickled.
+  """
+  array = record["image"]
+  try:
+    if isinstance(array, str | os.PathLike):
+      array = np.load(array, allow_pickle=False)
+      if isinstance(array, np.lib.npyio.NpzFile):
+        names = [name for name in ("moments", "latent") if name in array.files] or array.files
+        if len(names) != 1:
+          raise ValueError(f"it holds {', '.join(array.files) or 'nothing'}")
+        array = array[names[0]]
+    array = np.asarray(array, np.float32)
+    array = array.reshape(array.shape[max(0, array.ndim - 3):]) if array.ndim > 3 else array
+    if array.ndim != 3 or not np.isfinite(array).all():
+      raise ValueError(f"shape {array.shape}, {np.isfinite(array).sum()} of {array.size} finite")
+    first, middle, last = array.shape
+    if middle == last or (first != middle and first < last):
+      array = array.transpose(1, 2, 0)                                       # h w c
+    if layout == "mean":
+      return array
+    if array.shape[-1] % 2:
+      raise ValueError(f"data.latents={layout!r} needs an even number of channels, it has "
+                       f"{array.shape[-1]}")
+  except Exception as e:
+    raise BadRecord("unreadable latent", f"cannot read the latent {record['name']}: {e}") from e
+  mean, spread = np.split(array, 2, axis=-1)
+  std = np.exp(np.clip(spread, -30, 20) / 2) if layout == "moments" else spread
+  return np.concatenate([mean, std], axis=-1)
 
 
 def captions(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -256,27 +303,35 @@ class _TfdsSplit(Sequence):
     return record
 
 
-def _open_tfds(builder: tfds.core.DatasetBuilder) -> Source:
+def _open_tfds(builder: tfds.core.DatasetBuilder, latents: str | None = None) -> Source:
   info, features = builder.info, dict(builder.info.features.items())
-  image = _feature(features, ("image",), tfds.features.Image)
+  if latents:
+    image = next((key for key in ("latent", "moments") if key in features), None)
+  else:
+    image = _feature(features, ("image",), tfds.features.Image)
   if image is None:
-    raise ValueError(f"{info.full_name} has no image feature: {', '.join(features)}")
+    raise ValueError(f"{info.full_name} has no {'latent or moments' if latents else 'image'} "
+                     f"feature: {', '.join(features)}")
   label = _feature(features, ("label",), tfds.features.ClassLabel)
   # By name only: a lone text feature is as often a file name as a caption.
   caption = next((key for key in ("text", "caption", "captions") if key in features), None)
   keys = {"image": image, "label": label, "text": caption}
   keys = {role: key for role, key in keys.items() if key}
   try:
-    data = {split: builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-            for split in info.splits}
+    data = {split: builder.as_data_source(
+      split, decoders=None if latents else {image: tfds.decode.SkipDecoding()})
+      for split in info.splits}
   except NotImplementedError as e:
     raise ValueError(
       f"{info.full_name} in {builder.data_dir} is stored as {info.file_format.value}, which has no "
       "random access. Convert it: tfds convert_format --out_file_format=array_record "
       f"--dataset_version_dir={builder.data_dir} --out_dir=NEW, then data.source=tfds:NEW") from e
+  splits = {split: _TfdsSplit(d, f"{info.full_name} {split}", keys) for split, d in data.items()}
+  shape = (_latent_shape(next(iter(splits.values()))[0], latents) if latents
+           else tuple(features[image].shape))
   return Source(
-    {split: _TfdsSplit(d, f"{info.full_name} {split}", keys) for split, d in data.items()},
-    Info(tuple(features[image].shape), features[label].num_classes if label else 0,
+    splits,
+    Info(shape, features[label].num_classes if label else 0,
          tuple(features[label].names) if label else (),
          {name: split.num_examples for name, split in info.splits.items()},
          _fingerprint(info.full_name, sorted(
@@ -294,7 +349,7 @@ class _Records(list):
     return [self[int(i)] for i in indices]
 
 
-def _open_folder(root: Path, on_error: str) -> Source:
+def _open_folder(root: Path, on_error: str, latents: str | None = None) -> Source:
   """Opens a folder of images.
 
   `train` beside `test`, `val` or `validation`, or alone, are splits; otherwise all is `train`. A
@@ -309,7 +364,8 @@ def _open_folder(root: Path, on_error: str) -> Source:
   splits = [name for name in SPLITS if name in folders]
   # A folder of classes may have one named "train", beside "car" and "bus".
   is_split = "train" in splits and (len(splits) > 1 or folders == {"train"})
-  rows = {split: _read_split(root / split if is_split else root, root, on_error)
+  extensions = ARRAYS if latents else EXTENSIONS
+  rows = {split: _read_split(root / split if is_split else root, root, on_error, extensions)
           for split in (splits if is_split else ["train"])}
 
   names = {str(row["label"]) for row in rows["train"] if "label" in row}
@@ -329,9 +385,10 @@ def _open_folder(root: Path, on_error: str) -> Source:
     {"image": str(root / row["file"]), "name": str(root / row.get("where", row["file"]))}
     | {key: row[key] for key in ("label", "text") if key in row} for row in examples)
     for split, examples in rows.items()}
-  return Source(records, Info(_image_shape(sum(records.values(), []), root, on_error),
-                              len(classes), tuple(classes), {s: len(r) for s, r in rows.items()},
-                              _fingerprint("folder", rows)))
+  shape = (_latent_shape(records["train"][0], latents) if latents
+           else _image_shape(sum(records.values(), []), root, on_error))
+  return Source(records, Info(shape, len(classes), tuple(classes),
+                              {s: len(r) for s, r in rows.items()}, _fingerprint("folder", rows)))
 
 
 def _entries(folder: Path, root: Path) -> list[tuple[str, bool]]:
@@ -353,16 +410,17 @@ def _inside(path: Path, root: Path) -> None:
     raise ValueError(f"{path} leads out of {root}")
 
 
-def _images(folder: Path, root: Path) -> Iterator[str]:
+def _images(folder: Path, root: Path, extensions: tuple[str, ...]) -> Iterator[str]:
   """All images below a folder, relative to `root`."""
   for name, is_dir in _entries(folder, root):
     if is_dir:
-      yield from _images(folder / name, root)
-    elif name.lower().endswith(EXTENSIONS):
+      yield from _images(folder / name, root, extensions)
+    elif name.lower().endswith(extensions):
       yield str((folder / name).relative_to(root))
 
 
-def _read_split(folder: Path, root: Path, on_error: str) -> list[dict]:
+def _read_split(folder: Path, root: Path, on_error: str,
+                extensions: tuple[str, ...] = EXTENSIONS) -> list[dict]:
   """One dict an image: file (relative to `root`), bytes, and label (a name), text, where if any."""
   entries = _entries(folder, root)
   metadata = [name for name, _ in entries if name in METADATA]
@@ -371,17 +429,17 @@ def _read_split(folder: Path, root: Path, on_error: str) -> list[dict]:
       raise ValueError(f"{folder} has both {' and '.join(metadata)}: keep one")
     rows = _read_metadata(folder / metadata[0], root, on_error)
   elif classes := [name for name, is_dir in entries if is_dir]:
-    if any(name.lower().endswith(EXTENSIONS) for name, _ in entries):
+    if any(name.lower().endswith(extensions) for name, _ in entries):
       raise ValueError(f"{folder} has images beside sub-folders: which class are they?")
     rows = [{"file": file, "label": name} for name in classes
-            for file in _images(folder / name, root)]
+            for file in _images(folder / name, root, extensions)]
     if empty := set(classes) - {row["label"] for row in rows}:
       raise ValueError(f"no images in class folder {folder / min(empty)}; "
-                       f"looked for {' '.join(EXTENSIONS)}")
+                       f"looked for {' '.join(extensions)}")
   else:
-    rows = [{"file": file} for file in _images(folder, root)]
+    rows = [{"file": file} for file in _images(folder, root, extensions)]
   if not rows:
-    raise ValueError(f"no images in {folder}; looked for {' '.join(EXTENSIONS)}")
+    raise ValueError(f"no images in {folder}; looked for {' '.join(extensions)}")
   for row in rows:
     row["bytes"] = (root / row["file"]).stat().st_size
   return rows
@@ -472,6 +530,12 @@ def _image_shape(records: Sequence[dict], root: Path,
   heights, widths, channels = map(set, zip(*shapes))
   uniform = len(heights) == len(widths) == 1
   return (*((heights.pop(), widths.pop()) if uniform else (None, None)), max(channels))
+
+
+def _latent_shape(record: Mapping[str, Any], layout: str) -> tuple[int, int, int]:
+  """(h, w, c) of the first latent; `batches.load` and grain find one that differs."""
+  h, w, stored = read_latent(record, layout).shape
+  return h, w, stored if layout == "mean" else stored // 2
 
 
 def _fingerprint(*content) -> str:

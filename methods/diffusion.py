@@ -1,5 +1,6 @@
 """Diffusion and flow matching: one network, any path, prediction, weighting and sampler."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -92,33 +93,29 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
                   sampler_options: Mapping = {}):
     """A prediction: batch["label"] [b] -> images [b, h, w, c] in the model's units.
 
-    batch may hold "guidance" [b] in place of `guidance_scale`, and "noise" [b, h, w, c] to start
-    from. Steps of a grid in `diffusion.grids`, a sampler in `diffusion.samplers.SAMPLERS`.
+    batch may hold "guidance" [b] in place of `guidance_scale`, and "noise" [b, h, w, c], of unit
+    variance, to start from; a model without labels needs it. Steps of a grid in `diffusion.grids`,
+    a sampler in `diffusion.samplers.SAMPLERS`.
     """
     at = grids.make(grid, the_path, steps, **grid_options)
-    samplers.table(sampler, the_path, at, **sampler_options)
+    terms = samplers.table(sampler, the_path, at, **sampler_options).terms
     predictions.check(prediction, the_path, at)
     limiter = paths.lookup(LIMITS, limit, "limit")
 
     def sample(params, extra, batch, rng):
       start_key, step_key = jax.random.split(rng)
-      b = (batch["label"] if model.num_classes else batch["noise"]).shape[0]
-      shape = (b, *model.image_size, model.channels)
-      noise = batch["noise"] if "noise" in batch else jax.random.normal(start_key, shape)
       label = batch["label"] if model.num_classes else None
-      run = network(params)
+      noise = batch["noise"] if "noise" in batch else jax.random.normal(
+        start_key, (len(label), *model.image_size, model.channels))
+      run = functools.partial(network(params), label=None)
       if model.num_classes:
-        null = jnp.full_like(label, model.num_classes)
-        run = guided(run, label, null, batch.get("guidance", guidance_scale), guidance_interval,
-                     guidance_channels)
-      else:
-        run = lambda x, t: network(params)(x, t, None)  # noqa: E731
+        run = guided(network(params), label, jnp.full_like(label, model.num_classes),
+                     batch.get("guidance", guidance_scale), guidance_interval, guidance_channels)
       step = predictions.denoiser(run, prediction, the_path, sigma_data=sigma_data, limit=limiter,
                                   rederive_eps=rederive_eps, learned_variance=model.learn_sigma)
-      stochastic = {"noise", "churn"} & set(samplers.table(sampler, the_path, at,
-                                                           **sampler_options).terms)
       return samplers.sample(step, noise * the_path.sigma(at[0]), at, the_path, sampler,
-                             rng=step_key if stochastic else None, **sampler_options)
+                             rng=step_key if {"noise", "churn"} & set(terms) else None,
+                             **sampler_options)
     return sample
 
   predict = {name: _call(make_sample, options, f"method.samples.{name}")

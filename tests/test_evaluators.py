@@ -23,8 +23,7 @@ class FakeContext(NamedTuple):
   info: Info = Info(3)
   eval_split: str = "test"
   train_split: str = "train"
-  mean: Any = 0.5
-  std: Any = 0.25
+  to_pixels: Any = lambda x: x * 0.25 + 0.5
   figures: Path = Path("unused")
   step: int = 7
   seed: int = 0
@@ -249,7 +248,7 @@ def masked_context(tmp_path, channels, offset, **extra):
     return {"image": out, "mask": mask, **extra}
 
   context = FakeContext({("pixels", None, "test"): normalised.reshape(3, -1)},
-                        {"test": {"image": images}}, mean=mean, std=std,
+                        {"test": {"image": images}}, to_pixels=lambda x: x * std + mean,
                         figures=tmp_path / "figures", reconstruct=reconstruct)
   return context, images[:2] / 255, mask
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from input_pipeline import batches
 from input_pipeline.sources import Info
 from trainer import recipe
 
@@ -74,6 +75,10 @@ PARAMETERS = {  # of published recipes: encoder, decoder and head as each trains
   "configs/clip.py:vit_l14": 427_616_513,
   "configs/clip.py:siglip_b16": 203_155_970,
   "configs/resnet.py:imagenet_r50_8k": 25_557_032,
+  # Of the published DiT-XL/2's 675,129,632 the fixed position table is 256 x 1152.
+  "configs/diffusion.py:imagenet_dit_xl2": 675_129_632 - 256 * 1152,
+  "configs/diffusion.py:imagenet_sit_xl2": 675_129_632 - 256 * 1152 - 16 * (1152 + 1),
+  "configs/diffusion.py:imagenet_dit_b4": 130_426_496,
 }
 
 
@@ -83,7 +88,8 @@ def test_every_recipe_builds(name):
   config = recipe.load_config(name)
   size = 16 if name.endswith("smoke") else 32
   embedded = config.data.source.startswith("glyphs")
-  shape = (size, size, 1) if embedded else (None, None, 3)
+  latents = config.data.get("latents")
+  shape = (size, size, 1) if embedded else (None, None, 4 if latents else 3)
   info = Info(shape, 62 if embedded else 1000, (), {"train": 1_281_167}, "")
   tokenizer = SimpleNamespace(vocab_size=32_000 if name.endswith(("siglip_b16", "lit_b16")) else
                               49_408, context=config.data.get("context"), eos_id=1, pad_id=0)
@@ -93,10 +99,8 @@ def test_every_recipe_builds(name):
   _, rate = recipe.make_optimizer(config, 1_281_167)
   recipe.check_evals(config.evals)
   (h, w), rows = config.model.image_size, config.data.batch_size
-  batch = {"image": jax.ShapeDtypeStruct((rows, h, w, shape[2]), "uint8"),
-           "label": jax.ShapeDtypeStruct((rows,), "int32")}
-  if config.data.get("tokenizer"):
-    batch["text"] = jax.ShapeDtypeStruct((rows, tokenizer.context), "int32")
+  batch = batches.make_spec(rows, (h, w), shape[2], 1000,
+                            tokenizer if config.data.get("tokenizer") else None, latents=latents)
   key = jax.eval_shape(lambda: jax.random.key(0))
   batch = jax.eval_shape(lambda k, b: method.draw(k, augment.train(k, b)), key, batch)
   params, extra = jax.eval_shape(method.init, key, batch)

@@ -288,14 +288,16 @@ def regression_loss(params, extra, batch, rng, step):
   return jnp.square(residual).mean(), (extra, {"bias": residual.mean()})
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_step_is_gradient_descent(accumulate):
+@pytest.mark.parametrize("accumulate,average", [(1, "ema_decay"), (4, "ema_decay"),
+                                                (1, "ema_gamma")])
+def test_step_is_gradient_descent(accumulate, average):
   chex.clear_trace_counter()
   method = Method(init=None, loss=regression_loss, predict={})
   tx, _ = optimizer.make(name="sgd", momentum=0.0, schedule=lambda step: 1 / (step + 1),
                          batch_size=8, lr=0.2)
   step = jax.jit(chex.assert_max_traces(n=1)(make_step(
-    method, tx, lambda rng, batch: batch, seed=0, accumulate=accumulate, ema_decay=0.7)))
+    method, tx, lambda rng, batch: batch, seed=0, accumulate=accumulate,
+    **{average: {"ema_decay": 0.7, "ema_gamma": 1.5}[average]})))
   w0 = normal(3)
   state = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.asarray(w0)}, tx.init({"w": w0}),
                      {"seen": jnp.zeros((), jnp.int32)}, {"w": jnp.asarray(w0)})
@@ -311,7 +313,10 @@ def test_step_is_gradient_descent(accumulate):
                 "grad_norm": np.linalg.norm(gradient)}, rtol=1e-5, atol=1e-6)
   assert (int(state.step), int(state.extra["seen"])) == (4, 32)
   np.testing.assert_allclose(state.params["w"], path[4], rtol=1e-5, atol=1e-6)
-  ema = 0.7**4 * path[0] + 0.3 * sum(0.7**(4 - i) * path[i] for i in range(1, 5))
+  weights = [0.7**4, *(0.3 * 0.7**(4 - i) for i in range(1, 5))]
+  if average == "ema_gamma":  # the integral of (gamma + 1) s^gamma / 4^(gamma + 1) over each step
+    weights = np.diff(np.arange(5)**2.5, prepend=0) / 4**2.5
+  ema = np.tensordot(weights, path, 1)
   np.testing.assert_allclose(state.ema["w"], ema, rtol=1e-5, atol=1e-6)
 
 

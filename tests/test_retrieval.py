@@ -66,8 +66,8 @@ def fake_context(tmp_path, captions, noise, seed=0, channels=1, **fields):
     return np.array([vector(decode(ids)) for ids in inputs["text"]], np.float32)
 
   return SimpleNamespace(**{**dict(
-      collect=collect, predict=predict, detokenize=decode, eval_split="val", mean=0.5,
-      std=np.full(channels, 0.25), figures=tmp_path / "figures", step=7, images=images,
+      collect=collect, predict=predict, detokenize=decode, eval_split="val",
+      to_pixels=lambda x: x / 4 + 0.5, figures=tmp_path / "figures", step=7, images=images,
       sizes=sizes), **fields})
 
 

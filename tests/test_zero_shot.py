@@ -45,7 +45,8 @@ def fake_context(tmp_path, n=60, noise=0.4, channels=1, embeddings=None, **field
     return np.array([vector(decode(ids)) for ids in inputs["text"]], np.float32)
 
   return SimpleNamespace(**{**dict(
-      collect=collect, predict=predict, tokenize=encode, eval_split="val", mean=0.5, std=0.25,
+      collect=collect, predict=predict, tokenize=encode, eval_split="val",
+      to_pixels=lambda x: x / 4 + 0.5,
       info=SimpleNamespace(num_classes=len(NAMES), class_names=NAMES), figures=tmp_path / "figures",
       step=7, images=images, batch=batch), **fields})
 

@@ -234,11 +234,15 @@ class Run(NamedTuple):
 
 
 def load_config(workdir) -> ConfigDict:
-  """The config a run directory was made with. Raises FileNotFoundError if it holds no run."""
+  """The config a run directory was made with; fields that are newer than it have their defaults.
+
+  Raises FileNotFoundError if it holds no run.
+  """
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
-  return ConfigDict(json.loads(path.read_text()))
+  defaults = recipe.find_module("configs", "base", "").get_base().to_dict()
+  return ConfigDict({**defaults, **json.loads(path.read_text())})
 
 
 def load_run(workdir, step: int | None = None) -> Run:

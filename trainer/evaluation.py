@@ -21,10 +21,10 @@ class Context(NamedTuple):
   info: Any  # input_pipeline.sources.Info
   train_split: str
   eval_split: str
-  mean: Any  # of the normalisation (x - mean) / std of pixels in [0, 1]
-  std: Any
+  to_pixels: Callable  # ready images -> NumPy, 0 is black and 1 white
   figures: Path
   step: int
+  final: bool  # training is over
   seed: int
   tokenize: Callable | None  # captions -> int32 [n, l]; None where the data has no text
   detokenize: Callable | None  # int [l] -> caption
@@ -87,8 +87,7 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
 
   def evaluate(step: int, final: bool) -> dict[str, float]:
     context = Context(collect, predict, data.info, data.train_split, data.eval_split,
-                      config.augment.get("mean", 0.5), config.augment.get("std", 0.5),
-                      Path(workdir) / "figures", step, config.seed,
+                      recipe.augment.to_pixels, Path(workdir) / "figures", step, final, config.seed,
                       data.tokenizer and data.tokenizer.encode,
                       data.tokenizer and data.tokenizer.decode, checkpoints.load_run)
     metrics = {}

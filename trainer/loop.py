@@ -34,7 +34,8 @@ def check_same_run(workdir: Path, config: dict):
   """Writes config.json, or compares with the one there. Raises TrainingError if they differ."""
   path = workdir / "config.json"
   if path.exists():
-    lines = [line for line in recipes.differences(json.loads(path.read_text()), config)
+    then = recipes.plain(checkpoints.load_config(workdir))
+    lines = [line for line in recipes.differences(then, config)
              if not line.removeprefix("config.").startswith(FREE)]
     if lines:
       raise TrainingError(f"{workdir} holds a run with another config; choose another --workdir or "
@@ -69,7 +70,7 @@ def check_same_data(workdir: Path, saved: dict, now: dict):
 def initial_state(recipe):
   """() -> TrainState at step 0."""
   return make_init(recipe.method, recipe.tx, recipe.augment.eval, recipe.data.spec,
-                   recipe.config.seed, recipe.config.ema_decay > 0)
+                   recipe.config.seed, max(recipe.config.ema_decay, recipe.config.ema_gamma) > 0)
 
 
 def jitted_step(recipe, shardings):
@@ -77,7 +78,8 @@ def jitted_step(recipe, shardings):
   config = recipe.config
   step = make_step(recipe.method, recipe.tx, recipe.augment.train, seed=config.seed,
                    accumulate=config.accumulate, ema_decay=config.ema_decay,
-                   frozen=config.optimizer.get("frozen"), mesh=recipe.mesh)
+                   ema_gamma=config.ema_gamma, frozen=config.optimizer.get("frozen"),
+                   mesh=recipe.mesh)
   return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(recipe.mesh)),
                  out_shardings=(shardings, sharding.replicated(recipe.mesh)), donate_argnums=0)
 

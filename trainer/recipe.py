@@ -22,7 +22,8 @@ from trainer import optimizer, schedule, sharding
 
 UNITS = ("steps", "epochs", "examples")
 # What the data says of a model's inputs and outputs, to models that ask for it.
-FROM_DATA = ("image_size", "channels", "num_classes", "vocab_size", "context", "eos_id", "pad_id")
+FROM_TEXT = ("vocab_size", "context", "eos_id", "pad_id")
+FROM_DATA = ("image_size", "channels", "num_classes", *FROM_TEXT)
 
 
 def nearest(name: str, allowed) -> str:
@@ -118,7 +119,7 @@ def in_steps(section: Mapping, names: tuple[str, ...], batch_size: int, train_si
 # --- Config files and overrides -------------------------------------------------------------------
 
 def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-  """`configs/mae.py:smoke` -> its ConfigDict, with "optimizer.lr" -> "1e-3" overrides applied."""
+  """`configs/NAME.py:VARIANT` -> its ConfigDict, with overrides such as "optimizer.lr": "1e-3"."""
   path, _, variant = name.partition(":")
   path = Path(path if path.endswith(".py") else f"{path}.py")
   if not path.is_file():
@@ -231,7 +232,7 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   model.channels = model.get("channels") or c
   if model.channels != c:
     raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
-  for name in ("vocab_size", "context", "eos_id", "pad_id") if tokenizer else ():
+  for name in FROM_TEXT if tokenizer else ():
     model[name] = getattr(tokenizer, name)
   model.num_classes = info.num_classes if model.get("num_classes") is None else model.num_classes
   if 0 < model.num_classes < info.num_classes:
@@ -244,8 +245,9 @@ def make_augment(config: ConfigDict, cropped: bool = False):
   """Device augmentation; `cropped` where the host has cropped training images already."""
   section = {name: value for name, value in config.augment.to_dict().items()
              if not (cropped and name in ("crop_area", "crop_ratio"))}
-  return call(find_module("input_pipeline", "augment", "").make, section, "augment",
-              cropped=cropped)
+  latents = config.data.get("latents")
+  module = find_module("input_pipeline", "latents" if latents else "augment", "")
+  return call(module.make, section, "augment", cropped=cropped, latents=latents)
 
 
 def make_method(config: ConfigDict):
@@ -327,12 +329,15 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   sharding.check_batch(batch_size, config.accumulate, mesh)
   if config.wandb and importlib.util.find_spec("wandb") is None:
     raise ValueError("config.wandb = True: Weights & Biases is not installed (pip install wandb)")
-  if not 0 <= config.ema_decay < 1:
-    raise ValueError(f"config.ema_decay = {config.ema_decay}: expected a number in [0, 1)")
+  if not 0 <= config.ema_decay < 1 or config.ema_gamma < 0:
+    raise ValueError(f"config.ema_decay = {config.ema_decay}, config.ema_gamma = "
+                     f"{config.ema_gamma}: expected a number in [0, 1), and one at least 0")
+  if config.ema_decay and config.ema_gamma:
+    raise ValueError("config.ema_decay and config.ema_gamma: give one of them")
   tx, rate = make_optimizer(config, train_size)
   check_evals(config.evals)
   if config.init:
-    find_module("trainer", "checkpoints", "").check_source(**config.init.to_dict())
+    call(find_module("trainer", "checkpoints", "").check_source, config.init, "init")
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.
   arguments(find_module("trainer", "checkpoints", "").Checkpoints, checkpoint, "checkpoint",

@@ -33,11 +33,14 @@ def make_init(method, tx, evaluate_batch: Callable, spec, seed: int, with_ema: b
 
 
 def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int = 1,
-              ema_decay: float = 0.0, frozen: str | None = None, mesh=None) -> Callable:
+              ema_decay: float = 0.0, ema_gamma: float = 0.0, frozen: str | None = None,
+              mesh=None) -> Callable:
   """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
   `mesh` is where it will run, for models that say how activations are split; `frozen` is the
-  optimizer's.
+  optimizer's. The running average decays by `ema_decay` a step; or, with `ema_gamma`, by
+  (1 - 1/t)^(gamma + 1) at step t, which weighs the past in proportion to t^gamma (2312.02696
+  sec. 3.1).
 
   All randomness follows from (seed, step). With `accumulate` > 1 the gradient is averaged over so
   many parts of the batch, one after another: each example's augmentation and draws stay what they
@@ -80,7 +83,8 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-      ema = optax.incremental_update(params, ema, 1 - ema_decay)
+      decay = (1 - 1 / (state.step + 1)) ** (ema_gamma + 1) if ema_gamma else ema_decay
+      ema = optax.incremental_update(params, ema, 1 - decay)
     metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt, extra, ema), metrics
 
