@@ -1,10 +1,15 @@
 """Evaluates a run directory: python evaluate.py --workdir=DIR [--step=N] [--config.evals.knn.k=10].
 
-Runs the evaluators of its config, baselines included, prints their numbers and writes figures.
+Runs the evaluators of its config, baselines included, prints their numbers and writes figures and
+the run's report.html.
 
   python evaluate.py --workdir=DIR --zero_shot.classes="a, b, c" --images="PATH/*.png"
 
 prints instead how likely each of your images is of each class, by a run on images and texts.
+
+  python evaluate.py --compare DIR DIR... [--out=compare.html]
+
+writes one page on several runs, side by side, from what they recorded.
 """
 
 import argparse
@@ -14,7 +19,7 @@ import sys
 from pathlib import Path
 
 from train import parse_overrides
-from trainer import environment
+from trainer import environment, report
 
 
 def classify_images(run, pattern: str, classes: str, templates: list[str]) -> list[dict]:
@@ -41,13 +46,15 @@ def classify_images(run, pattern: str, classes: str, templates: list[str]) -> li
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--workdir", required=True, help="a run directory made by train.py")
+  parser.add_argument("--workdir", help="a run directory made by train.py")
   parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
   parser.add_argument("--data_dir", help="where data sets are looked for")
   parser.add_argument("--images", help="a pattern of image files, with --zero_shot.classes")
   parser.add_argument("--zero_shot.classes", dest="classes", help="names, with commas between")
   parser.add_argument("--zero_shot.template", dest="templates", action="append",
                       help="a prompt with {} for the name; several are averaged; default '{}'")
+  parser.add_argument("--compare", nargs="+", metavar="DIR", help="run directories")
+  parser.add_argument("--out", default="compare.html", help="the page that --compare writes")
   parser.add_argument("--json", action="store_true", help="print one line of JSON instead")
   environment.add_flags(parser)
   args, rest = parser.parse_known_args(argv)
@@ -55,8 +62,19 @@ def main(argv: list[str] | None = None) -> int:
 
   if bool(args.images) != bool(args.classes):
     parser.error("--images and --zero_shot.classes go together")
+  if bool(args.workdir) == bool(args.compare):
+    parser.error("give --workdir=DIR, or --compare DIR DIR...")
+  if args.compare:
+    try:
+      print(f"report: {report.compare(args.compare, args.out)}")
+    except (ValueError, OSError) as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 1
+    return 0
   environment.prepare(args)
-  from trainer import checkpoints, evaluation, recipe
+  import jax
+
+  from trainer import checkpoints, evaluation, recipe, transfer
   from trainer.logging import print_evaluations
   try:
     run = checkpoints.load_run(args.workdir, args.step)
@@ -64,19 +82,27 @@ def main(argv: list[str] | None = None) -> int:
       rows = classify_images(run, args.images, args.classes, args.templates or ["{}"])
       print(json.dumps(rows)) if args.json else print_images(rows)
       return 0
+    config = recipe.ConfigDict(run.config.to_dict())
+    if "model.patch" in overrides:
+      config.model.image_size = None  # that of the images as they will be
     for key, value in overrides.items():
-      recipe.override(run.config, key, value)
-    built = recipe.build(run.config, args.data_dir)
+      recipe.override(config, key, value)
+    built = recipe.build(config, args.data_dir)
+    run = transfer.resized(run, built.config)
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   metrics = evaluation.evaluate_run(run, built, args.workdir)
+  page = jax.process_index() == 0 and report.update(
+    args.workdir, "evaluation", step=run.step, metrics=metrics,
+    changed=[f"--config.{key}={value}" for key, value in overrides.items()])
   if args.json:
     print(json.dumps({"step": run.step, **metrics}))
   else:
     print(f"{args.workdir}, step {run.step}")
     print_evaluations(metrics)
     print("figures:", *sorted(map(str, (Path(args.workdir) / "figures").glob("*.png"))))
+    print(f"report: {page or 'none'}")
   return 0
 
 

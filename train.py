@@ -48,13 +48,15 @@ def main(argv: list[str] | None = None) -> int:
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+  changed = recipe.differences(recipe.plain(recipe.load_config(args.config)), recipe.plain(config))
   try:
-    loop.train(built, args.workdir or Path("runs") / config.config_name.replace(":", "_"))
+    loop.train(built, args.workdir or Path("runs") / config.config_name.replace(":", "_"),
+               command, changed)
   except (loop.TrainingError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except preemption.Preempted as stop:
-    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     print(f"{stop}\ncontinue with: {command}", file=sys.stderr)
     return PREEMPTED
   return 0

@@ -18,7 +18,7 @@ def get_base() -> ConfigDict:
     wandb=False,  # log to Weights & Biases too
     expect="",  # what the recipe reaches, shown at the start
     log_every_steps=20,
-    init={},  # trainer/checkpoints.py: take_parameters
+    init={},  # trainer/transfer.py: take
     model={},  # models/NAME.py: make
     method={},  # methods/NAME.py: make
     data={},  # input_pipeline/batches.py: make

@@ -87,7 +87,7 @@ def dit(config):
 
 
 def sit(config):
-  """Euler-Maruyama as its repository samples: w_t = 2 sigma_t, a last step from 0.04; and an ODE."""
+  """Euler-Maruyama as its repository has it, w_t = 2 sigma_t, a last step from 0.04; and an ODE."""
   config.method.update(path="linear", prediction="velocity", samples=dict(
     sample=dict(sampler="euler_maruyama", sampler_options=dict(diffusion="sigma", scale=2.0),
                 grid_options=dict(end=0.04), steps=250, guidance_channels=3),

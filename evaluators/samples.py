@@ -72,7 +72,8 @@ def draw(context, prediction: str, labels, scale: float, seed: int):
   _, batch = context.collect("pixels", context.train_split, "image", params=None, limit=1)
   size, parts = min(250, len(labels)), []
   for start in range(0, len(labels), size):
-    noise_key, key = jax.random.split(jax.random.fold_in(jax.random.key(context.seed + seed), start))
+    root = jax.random.fold_in(jax.random.key(context.seed + seed), start)
+    noise_key, key = jax.random.split(root)
     inputs = {"noise": jax.random.normal(noise_key, (size, *batch["image"].shape[1:]))}
     if context.info.num_classes:
       part = np.resize(labels[start:start + size], size).astype(np.int32)
@@ -106,7 +107,7 @@ def make_judge(context, judge: str, k: int, classes: int):
 
 def sheet(images, per_class: int, guidance, names: list | None):
   """images [scales, rows * n, h, w, c] in [0, 1] -> one figure, blocks of n columns a scale."""
-  scales, rows, (h, w, c) = len(images), images.shape[1] // per_class, images.shape[2:]
+  scales, rows, (h, w) = len(images), images.shape[1] // per_class, images.shape[2:4]
   line = [(0, 0)] * 3 + [(0, 1), (0, 1), (0, 0)]                             # between images
   canvas = np.pad(rearrange(images, "s (r n) h w c -> s r n h w c", n=per_class), line,
                   constant_values=1)

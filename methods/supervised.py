@@ -10,7 +10,8 @@ CHOICES = {"loss": classification.LOSSES}
 
 
 def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0,
-         multi_label: bool = False, batch_size: int | None = None) -> Method:
+         multi_label: bool = False, image_train: bool = True,
+         batch_size: int | None = None) -> Method:
   """A classifier [b, h, w, c] -> [b, classes] learns labels.
 
   `extra` is what the model has beside parameters: batch statistics, or nothing.
@@ -20,6 +21,8 @@ def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0,
     loss: a name in `losses.classification.LOSSES`.
     label_smoothing: in [0, 1).
     multi_label: whether both labels of a mixed image count as wholly true (DeiT III).
+    image_train: False runs the network as in evaluation, without dropout, drop path and batch
+      statistics of its own: for one that is frozen but for its head.
     batch_size: examples that a loss sees, to check the model's `bn_groups` if it has them.
   """
   if not model.num_classes:
@@ -41,7 +44,7 @@ def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0,
 
   def compute_loss(params, extra, batch, rng, step):
     dropout, drop_path = jax.random.split(rng)
-    (logits, _), extra = run(params, extra, batch, train=True, mutable=["batch_stats"],
+    (logits, _), extra = run(params, extra, batch, train=image_train, mutable=["batch_stats"],
                              rngs={"dropout": dropout, "drop_path": drop_path})
     targets = classification.targets(batch["label"], model.num_classes, label_smoothing,
                                      batch.get("label_mix"), batch.get("mix"), multi_label)

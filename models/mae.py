@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from models import vit
 from models.transformer import Transformer
 
+IMAGE_NETWORK = "encoder"  # the part that other runs start from
 CHOICES = {**vit.CHOICES, "pool": ("mean", "cls")}
 FIELDS = {**vit.FIELDS, "variant": str, "image_size": object, "channels": int, "dtype": str}
 del FIELDS["pool_before_norm"]

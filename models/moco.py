@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from models import backbones
 from models.batch_norm import BatchNorm
 
+IMAGE_NETWORK = "backbone"  # the part that other runs start from
 CHOICES = backbones.CHOICES
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from models import positions
+from models.batch_norm import BatchNorm
 from models.transformer import ACTIVATIONS, ATTENTION, NORMS, REMAT, Attention, Mlp, Transformer
 
 
@@ -84,10 +85,11 @@ class Positions(nn.Module):
   def __call__(self, grid: tuple[int, int]):
     if self.kind == "none":
       return None
-    if self.kind in positions.FIXED:
-      return jnp.asarray(positions.FIXED[self.kind](grid, self.width))
-    table = self.param("table", nn.initializers.normal(0.02),
-                       (self.grid[0] * self.grid[1], self.width))
+    if self.kind in positions.FIXED:  # of the grid it is made for: another's would be farther out
+      table = jnp.asarray(positions.FIXED[self.kind](self.grid, self.width))
+    else:
+      table = self.param("table", nn.initializers.normal(0.02),
+                         (self.grid[0] * self.grid[1], self.width))
     return positions.resample(table, self.grid, grid, self.resample)
 
 
@@ -142,6 +144,7 @@ class ViT(nn.Module):
   dropout: float = 0.0
   drop_path: float = 0.0
   head_bias_init: float = 0.0
+  probe_norm: bool = False  # batch norm, without scale and bias, before the head (MAE's probe)
   scan: bool = False
   remat: str = "none"
   dtype: jnp.dtype = jnp.float32
@@ -176,6 +179,8 @@ class ViT(nn.Module):
     if self.pool == "map":
       self.map_pool = AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm_eps,
                                     self.dtype)
+    if self.probe_norm:
+      self.head_norm = BatchNorm(affine=False, epsilon=1e-6, dtype=jnp.float32)
     if self.num_classes:
       self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32,
                            bias_init=nn.initializers.constant(self.head_bias_init))
@@ -233,7 +238,9 @@ class ViT(nn.Module):
     tokens, weights = tokens if return_weights else (tokens, None)
     features = self.pooled(tokens)
     out = {"tokens": tokens[:, self.prefix:], "features": features, "weights": weights}
-    return (self.head(features) if self.num_classes else features), out
+    if not self.num_classes:
+      return features, out
+    return self.head(self.head_norm(features, train=train) if self.probe_norm else features), out
 
 
 # What `make` takes beside its own arguments, with types.

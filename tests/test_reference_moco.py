@@ -121,7 +121,7 @@ def test_a_step_of_v3_with_a_vit():
   frozen = "backbone/(embed/projection|.*position)"  # the recording has noise on fixed positions
 
   def loss(params, *rest):
-    return method.loss(optimizer.stop_frozen(frozen, params), *rest)
+    return method.loss(optimizer.stop_frozen({"frozen": frozen})(params), *rest)
 
   (value, (extra, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     params, extra, batch, jax.random.key(0), 0)

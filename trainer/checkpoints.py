@@ -289,58 +289,6 @@ def load_run(workdir, step: int | None = None) -> Run:
              tokenizer and tokenizer.encode)
 
 
-def check_source(run: str = "", source: str = "", into: str = ""):
-  """Raises ValueError or FileNotFoundError where `take_parameters` would find no run."""
-  if not run:
-    raise ValueError("config.init.run is not given: the run directory to take parameters from")
-  load_config(run)
-
-
-def take_parameters(state: TrainState, run: str, source: str = "", into: str = "") -> TrainState:
-  """A new run's state with the parameters, and batch statistics, of a part from another run.
-
-  Args:
-    state: arrays, or their shapes: then only whether it fits is found out.
-    run: the other's run directory.
-    source, into: the part's path there and here, such as "encoder" and "image"; "" = all.
-
-  Raises ValueError, with the first mismatches, unless everything here is found there.
-  """
-  loaded = load_run(run)
-
-  def taken(tree, other):
-    """`tree` with its part `into` from `other`, where it lies now."""
-    there, here = _part(other, source), _part(tree, into)
-    new = {name: there.get(name) for name in here}
-    wrong = [f"{into}/{name} {x.shape}: "
-             + ("missing" if new[name] is None else f"{new[name].shape}")
-             for name, x in here.items() if new[name] is None or new[name].shape != x.shape]
-    if wrong or not here:
-      raise ValueError(f"config.init.run = {run!r} with source {source!r} does not fit into "
-                       f"{into!r}; here, and there:\n  " + "\n  ".join(wrong[:5]))
-
-    def leaf(path, x):
-      name = recipe.optimizer.path_name(path)
-      inside = name.removeprefix(f"{into}/" if into else "")
-      if (into and inside == name) or isinstance(x, jax.ShapeDtypeStruct):
-        return x
-      value = np.asarray(new[inside])
-      return jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])
-    return jax.tree.map_with_path(leaf, tree)
-
-  params, extra, ema = taken(state.params, loaded.params), state.extra, state.ema
-  if "batch_stats" in extra and into in extra["batch_stats"]:
-    extra = {**extra, "batch_stats": taken(extra["batch_stats"], loaded.extra["batch_stats"])}
-  return state._replace(params=params, extra=extra, ema=ema and taken(ema, loaded.params))
-
-
-def _part(tree, path: str) -> dict:
-  """{path below `path`: array} of a tree's part; of all of it for ""."""
-  prefix = f"{path}/" if path else ""
-  named = ((recipe.optimizer.path_name(p), x) for p, x in jax.tree.leaves_with_path(tree))
-  return {name.removeprefix(prefix): x for name, x in named if name.startswith(prefix)}
-
-
 def _shapes(checkpoints: Checkpoints, step: int) -> dict:
   try:
     metadata = checkpoints.manager.item_metadata(step)

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,10 +12,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+COLUMNS = ("trained", "untrained", "pixels")  # of a table of evaluations
+
 
 def read_metrics(workdir) -> list[dict]:
-  """The objects of metrics.jsonl; a last line cut short by a kill is left out."""
-  path = Path(workdir) / "metrics.jsonl"
+  """The objects of metrics.jsonl."""
+  return read_lines(Path(workdir) / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict]:
+  """The objects of a file, one a line; a last line cut short by a kill is left out."""
   rows = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
@@ -72,6 +78,12 @@ class Reporter:
     for name, value in rows.items():
       self.print(f"{name:>{width}}  {value}", markup=False)
 
+  def table(self, title: str, columns: Sequence[str], rows):
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+      table.add_row(*row)
+    self.print(table)
+
   def write(self, step: int, metrics: Mapping[str, float]):
     """Appends one object to metrics.jsonl, and the same to TensorBoard and W&B."""
     if not self.writes:
@@ -120,20 +132,25 @@ class Reporter:
       self.wandb.finish()
 
 
-def print_evaluations(metrics: Mapping[str, float], console: Console | None = None):
-  """One table: rows are evaluator/metric, columns are trained, untrained and raw pixels."""
-  console = console or Console(file=sys.stdout)
-  columns = ["trained"] + [c for c in ("untrained", "pixels")
-                           if any(f"/{c}/" in name for name in metrics)]
-  table = Table(title="evaluation", title_justify="left")
-  table.add_column("metric")
-  for column in columns:
-    table.add_column(column, justify="right")
+def evaluation_table(metrics: Mapping[str, float]) -> tuple[list[str], dict[str, dict]]:
+  """(columns, {evaluator/metric: {column: value}}); columns: trained, untrained, raw pixels."""
+  columns = [c for c in COLUMNS if c == "trained" or any(f"/{c}/" in name for name in metrics)]
   rows: dict[str, dict[str, float]] = {}
   for name, value in metrics.items():
     parts = name.split("/")
     column = next((p for p in parts if p in columns[1:]), "trained")
     rows.setdefault("/".join(p for p in parts if p != column), {})[column] = value
+  return columns, rows
+
+
+def print_evaluations(metrics: Mapping[str, float], console: Console | None = None):
+  """Prints the `evaluation_table`."""
+  console = console or Console(file=sys.stdout)
+  columns, rows = evaluation_table(metrics)
+  table = Table(title="evaluation", title_justify="left")
+  table.add_column("metric")
+  for column in columns:
+    table.add_column(column, justify="right")
   for name, row in rows.items():
     table.add_row(name, *(f"{row[c]:.4g}" if c in row else "" for c in columns))
   console.print(table)

@@ -7,14 +7,17 @@ step to step than the TrainState.
 import json
 import logging
 import platform
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from trainer import checkpoints, evaluation, sharding
+from trainer import checkpoints, evaluation, sharding, transfer
 from trainer import recipe as recipes
+from trainer import report as reports
 from trainer.logging import Reporter, duration, print_evaluations
 from trainer.optimizer import stop_frozen
 from trainer.preemption import Preempted, listen
@@ -78,7 +81,7 @@ def jitted_step(recipe, shardings):
   config = recipe.config
   step = make_step(recipe.method, recipe.tx, recipe.augment.train, seed=config.seed,
                    accumulate=config.accumulate, ema_decay=config.ema_decay,
-                   ema_gamma=config.ema_gamma, frozen=config.optimizer.get("frozen"),
+                   ema_gamma=config.ema_gamma, stop=stop_frozen(config.optimizer),
                    mesh=recipe.mesh)
   return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(recipe.mesh)),
                  out_shardings=(shardings, sharding.replicated(recipe.mesh)), donate_argnums=0)
@@ -97,13 +100,12 @@ def model_flops(recipe, state) -> int:
   config = recipes.ConfigDict(recipe.config.to_dict())
   if "remat" in config.model:
     del config.model.remat
-  method = recipes.make_method(config)
+  method, stop = recipes.make_method(config), stop_frozen(config.optimizer)
 
   def gradient(params, extra, batch):
     key = jax.random.key(0)
     batch = method.draw(key, batch)
-    return jax.grad(lambda params: method.loss(
-      stop_frozen(config.optimizer.get("frozen"), params), extra, batch, key, 0)[0])(params)
+    return jax.grad(lambda params: method.loss(stop(params), extra, batch, key, 0)[0])(params)
 
   batch = jax.eval_shape(lambda spec: recipe.augment.train(jax.random.key(0), spec),
                          recipe.data.spec)
@@ -140,8 +142,11 @@ def describe(recipe, state, start: int, workdir) -> dict[str, str]:
     "run directory": str(workdir)}
 
 
-def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
+def train(recipe: recipes.Recipe, workdir, command: str = "",
+          changed: Sequence[str] = ()) -> dict[str, float]:
   """Trains to the end, continuing the run in `workdir` if there is one.
+
+  `command` and `changed`, the differences from the recipe's defaults, are for the run's report.
 
   Returns the final evaluation's metrics.
 
@@ -159,12 +164,12 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
            "data": recipe.data.info.fingerprint}
   sharding.check_agreement({name: json.dumps(fact) for name, fact in facts.items()})
   init = initial_state(recipe)
-  abstract, shardings = abstract_state(recipe)
-  if config.init:
-    try:
-      checkpoints.take_parameters(abstract, **config.init.to_dict())
-    except ValueError as error:
-      raise TrainingError(str(error)) from error
+  try:
+    abstract, shardings = abstract_state(recipe)
+    taken = config.init and recipes.call(transfer.take, config.init, "init", config=config,
+                                         state=abstract)
+  except ValueError as error:  # what only the parameters' shapes can tell
+    raise TrainingError(str(error)) from error
   check_same_run(workdir, facts["config"])
   if recipe.data.tokenizer:
     keep_tokenizer(workdir / checkpoints.TOKENIZER, recipe.data.tokenizer.to_json())
@@ -176,8 +181,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
     check_same_data(workdir, saved_facts, facts)
   else:
     state = jax.jit(init, out_shardings=shardings)()
-    if config.init:
-      state = checkpoints.take_parameters(state, **config.init.to_dict())
+    state = transfer.put(state, taken) if taken else state
   start = int(state.step)
 
   # --- What runs on the mesh, and what tells of it ------------------------------------------------
@@ -188,7 +192,14 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
   report = Reporter(workdir, start=start, total=recipe.total, batch_size=batch_size,
                     writes=jax.process_index() == 0, wandb=config.wandb,
                     config=facts["config"])
-  report.facts(describe(recipe, abstract, start, workdir))
+  shown = describe(recipe, abstract, start, workdir)
+  report.facts(shown)
+  if taken and not restored:
+    report.table(f"from {config.init.run}", ("parameters", "", "became"),
+                 transfer.summary(taken.rows))
+  if report.writes:
+    reports.update(workdir, "start", step=start, command=command, changed=list(changed),
+                   facts=shown | {"code": facts["code"]})
   spent = dict.fromkeys(("start", "compilation", "input wait", "evaluation", "checkpoints"), 0.0)
   unchecked, warned, last_finite = [], [], "none"
 
@@ -240,6 +251,7 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
 
   spent["start"] = time.monotonic() - began
   requested, restore_handlers = listen()
+  step = start
   try:
     evaluate_if_due(start)
     to_log = None
@@ -277,16 +289,19 @@ def train(recipe: recipes.Recipe, workdir) -> dict[str, float]:
     batches.close()
     store.close()
     report.close()
+    wall = time.monotonic() - began
+    spent["steps and logging"] = wall - sum(spent.values())
+    page = report.writes and reports.update(workdir, "stop", step=step, spent=spent,
+                                            reason=str(sys.exc_info()[1] or ""))
 
   # --- What a person wants to know at the end -----------------------------------------------------
-  wall = time.monotonic() - began
-  spent["steps and logging"] = wall - sum(spent.values())
   final = report.evaluations.get(recipe.total, {})
   print_evaluations(final, report.console)
   report.facts({
     "wall time": duration(wall) + ": " + ", ".join(
       f"{name} {seconds:.1f} s ({100 * seconds / wall:.1f}%)" for name, seconds in spent.items()),
     "figures": ", ".join(map(str, sorted((workdir / "figures").glob("*.png")))) or "none",
+    "report": str(page or "none"),
     "evaluate": f"python evaluate.py --workdir={workdir}",
     "continue": f"the same command again, with --workdir={workdir}"})
   return final

@@ -5,8 +5,12 @@ import re
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 import optax
 from optax import contrib
+
+# What stands before the first block: embeddings, tokens, positions.
+BEFORE_BLOCKS = r"(^|/)(embed|position|cls|cls_position|registers|input_norm)(/|$)"
 
 
 def path_name(path) -> str:
@@ -24,10 +28,65 @@ def decay_mask(pattern: str) -> Callable:
     lambda path, _: re.search(pattern, re.sub(r"/\d+$", "", path_name(path))) is not None, params)
 
 
-def stop_frozen(pattern: str | None, params):
-  """params with no gradient where the path matches `pattern` (None: nowhere)."""
-  return params if pattern is None else jax.tree.map_with_path(
-    lambda path, x: jax.lax.stop_gradient(x) if re.search(pattern, path_name(path)) else x, params)
+def stop_frozen(section: Mapping) -> Callable:
+  """params -> params with no gradient where `config.optimizer`, the section, trains nothing."""
+  pattern, tuned = section.get("frozen"), section.get("tuned_blocks")
+
+  def stop(params):
+    scales = by_depth(params, 1.0, tuned)
+
+    def leaf(path, x, scale):
+      if pattern and re.search(pattern, path_name(path)):
+        return jax.lax.stop_gradient(x)
+      fixed = int((np.asarray(scale) == 0).sum())                            # of stacked blocks
+      return x if not fixed else jax.lax.stop_gradient(x) if np.ndim(scale) == 0 else (
+        jax.numpy.concatenate([jax.lax.stop_gradient(x[:fixed]), x[fixed:]]))
+    return jax.tree.map_with_path(leaf, params, scales)
+  return (lambda params: params) if pattern is None and tuned is None else stop
+
+
+def by_depth(params, decay: float, tuned: int | None):
+  """Multipliers of the rate, one a parameter; of stacked blocks an array [depth].
+
+  `decay` to the power of how many layers are above, as BEiT has it (2106.08254 appendix; the MAE
+  paper's table 9): 0 for what follows the blocks, depth + 1 for what is before them. 0 for what
+  is before the last `tuned` blocks (None: all are tuned), as in 2111.06377 figure 9.
+
+  Raises ValueError where there are no stacked blocks, stacks of several depths, or fewer blocks.
+  """
+  def in_blocks(path):
+    return "blocks" in path_name(path).split("/")
+
+  if decay == 1 and tuned is None:
+    return jax.tree.map(lambda _: 1.0, params)
+  depths = {x.shape[0] for path, x in jax.tree.leaves_with_path(params) if in_blocks(path)}
+  if len(depths) != 1 or not 0 <= (tuned or 0) <= max(depths):
+    raise ValueError(f"optimizer.layer_decay = {decay} and optimizer.tuned_blocks = {tuned} need a "
+                     f"model of one stack of blocks; depths here: {sorted(depths) or 'none'}")
+  depth, = depths
+  scales = decay ** np.arange(depth + 1, -1, -1.0)  # before the blocks, of each, after them
+  scales[:0 if tuned is None else depth + 1 - tuned] = 0
+
+  def leaf(path, _):
+    if in_blocks(path):
+      return scales[1:-1]
+    return float(scales[0 if re.search(BEFORE_BLOCKS, path_name(path)) else -1])
+  return jax.tree.map_with_path(leaf, params)
+
+
+def scale_by_depth(decay: float, tuned: int | None) -> optax.GradientTransformation:
+  """Multiplies updates as `by_depth` says: each part has a rate of its own."""
+  def init(params):
+    by_depth(params, decay, tuned)  # its errors, now
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    return jax.tree.map(
+      lambda u, scale: u * jax.numpy.reshape(jax.numpy.asarray(scale, u.dtype),
+                                             (-1,) + (1,) * (u.ndim - 1) if np.ndim(scale) else ()),
+      updates, by_depth(updates, decay, tuned)), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def leave_frozen(pattern: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -142,7 +201,8 @@ FIELDS = {p.name: p.annotation for function, _ in OPTIMIZERS.values()
 
 def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float | None = None,
          base_lr: float | None = None, weight_decay: float = 0.0, decay: str = r"kernel$",
-         frozen: str | None = None, clip_norm: float | None = None, **options):
+         frozen: str | None = None, tuned_blocks: int | None = None, layer_decay: float = 1.0,
+         clip_norm: float | None = None, **options):
   """Returns (optax transformation, step -> learning rate).
 
   Args:
@@ -154,6 +214,8 @@ def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float 
     decay: regular expression; parameters whose path matches decay. The default leaves out biases,
       norms, positions and tokens.
     frozen: regular expression; parameters whose path matches are not trained.
+    tuned_blocks: how many of the last blocks are trained, with what follows them; None = all.
+    layer_decay: factor in (0, 1] on the rate for each layer further from the output.
     clip_norm: global norm that gradients are clipped to; None = not clipped.
     **options: keywords of the optimizer's row above (b1, b2, eps, momentum, ...).
   """
@@ -171,5 +233,10 @@ def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float 
 
   tx = build(rate, weight_decay, decay_mask(decay), **options)
   tx = per_layer(tx) if layerwise else tx
+  if not 0 < layer_decay <= 1 or (tuned_blocks or 0) < 0:
+    raise ValueError(f"optimizer.layer_decay = {layer_decay}: expected a number in (0, 1]; "
+                     f"optimizer.tuned_blocks = {tuned_blocks}: at least 0")
   tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx
+  if layer_decay != 1 or tuned_blocks is not None:
+    tx = optax.chain(tx, scale_by_depth(layer_decay, tuned_blocks))
   return (leave_frozen(frozen, tx) if frozen else tx), rate

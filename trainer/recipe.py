@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from trainer import optimizer, schedule, sharding
 
 UNITS = ("steps", "epochs", "examples")
+SHORT = {"init": "init.run"}  # what --config.NAME=VALUE of a whole section means
 # What the data says of a model's inputs and outputs, to models that ask for it.
 FROM_TEXT = ("vocab_size", "context", "eos_id", "pad_id")
 FROM_DATA = ("image_size", "channels", "num_classes", *FROM_TEXT)
@@ -154,7 +155,7 @@ def override(config: ConfigDict, key: str, text: str):
 
   New names are allowed inside sections, whose functions check them; top-level names must exist.
   """
-  *sections, leaf = key.split(".")
+  *sections, leaf = SHORT.get(key, key).split(".")
   value, node = _parse(text), config
   for i, section in enumerate(sections):
     if section not in node:
@@ -250,12 +251,17 @@ def make_augment(config: ConfigDict, cropped: bool = False):
   return call(module.make, section, "augment", cropped=cropped, latents=latents)
 
 
-def make_method(config: ConfigDict):
-  """The method, on its model, of a config that `fill_from_data` has completed."""
+def make_model(config: ConfigDict):
+  """The network of a config that `fill_from_data` has completed."""
   name, fields = split_name(config.model, "model")
   make = find_module("models", name, "config.model.name").make
   from_data = {key: fields.pop(key) for key in FROM_DATA if key in fields}
-  model = call(make, fields, "model", dtype=config.dtype, **from_data)
+  return call(make, fields, "model", dtype=config.dtype, **from_data)
+
+
+def make_method(config: ConfigDict):
+  """The method, on its model, of a config that `fill_from_data` has completed."""
+  model = make_model(config)
   name, fields = split_name(config.method, "method")
   make = find_module("methods", name, "config.method.name").make
   return call(make, fields, "method", model=model, total_steps=config.total_steps,
@@ -319,6 +325,7 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
 
   `data` and `devices` stand in for the config's data set and the devices of this machine.
   """
+  config = find_module("trainer", "transfer", "").fill(config)
   mesh = call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
   data = make_data(config, data_dir) if data is None else data
   train_size = data.info.num_examples[data.train_split]
@@ -336,8 +343,6 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
     raise ValueError("config.ema_decay and config.ema_gamma: give one of them")
   tx, rate = make_optimizer(config, train_size)
   check_evals(config.evals)
-  if config.init:
-    call(find_module("trainer", "checkpoints", "").check_source, config.init, "init")
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.
   arguments(find_module("trainer", "checkpoints", "").Checkpoints, checkpoint, "checkpoint",

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.optimizer import stop_frozen
-
 
 class TrainState(NamedTuple):
   """All that is carried from step to step, arrays only: this is the checkpoint."""
@@ -33,14 +31,14 @@ def make_init(method, tx, evaluate_batch: Callable, spec, seed: int, with_ema: b
 
 
 def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int = 1,
-              ema_decay: float = 0.0, ema_gamma: float = 0.0, frozen: str | None = None,
-              mesh=None) -> Callable:
+              ema_decay: float = 0.0, ema_gamma: float = 0.0,
+              stop: Callable = lambda params: params, mesh=None) -> Callable:
   """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
-  `mesh` is where it will run, for models that say how activations are split; `frozen` is the
-  optimizer's. The running average decays by `ema_decay` a step; or, with `ema_gamma`, by
-  (1 - 1/t)^(gamma + 1) at step t, which weighs the past in proportion to t^gamma (2312.02696
-  sec. 3.1).
+  `mesh` is where it will run, for models that say how activations are split; `stop` takes the
+  gradient from parameters that are not trained. The running average decays by `ema_decay` a step;
+  or, with `ema_gamma`, by (1 - 1/t)^(gamma + 1) at step t, which weighs the past in proportion to
+  t^gamma (2312.02696 sec. 3.1).
 
   All randomness follows from (seed, step). With `accumulate` > 1 the gradient is averaged over so
   many parts of the batch, one after another: each example's augmentation and draws stay what they
@@ -51,7 +49,7 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
   def gradients(params, extra, batch, rng, step):
     """((loss, (extra, metrics)), gradients) of one part."""
     def loss(params, *rest):
-      return method.loss(stop_frozen(frozen, params), *rest)
+      return method.loss(stop(params), *rest)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
       return jax.value_and_grad(loss, has_aux=True)(params, extra, batch, rng, step)

@@ -1,0 +1,157 @@
+"""A run that starts from another one: its network, its parameters, and what became of each."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from trainer import checkpoints, recipe
+from trainer.optimizer import path_name
+
+FRESH = "^(head|pool_norm|map_pool|head_norm)/"
+
+
+class Taken(NamedTuple):
+  """What another run gives to a new one; the arrays are of host memory."""
+
+  params: dict[str, np.ndarray]  # by path in the new run
+  batch_stats: dict[str, np.ndarray]
+  rows: list[tuple[str, str, str]]  # (path, shape, what became of it), for a person
+
+
+def image_network(config: ConfigDict) -> tuple[str, Any]:
+  """(its path in the parameters, the network itself) of a completed config's model."""
+  module = recipe.find_module("models", config.model.name, "config.model.name")
+  path, model = getattr(module, "IMAGE_NETWORK", ""), recipe.make_model(config)
+  return path, getattr(model, path) if path else model
+
+
+def fill(config: ConfigDict) -> ConfigDict:
+  """A config without `model.name` gets the image network of `init.run`, and its normalisation.
+
+  What the config says of the model goes before what the other run was.
+
+  Raises ValueError or FileNotFoundError where there is no such run.
+  """
+  if not config.init:
+    return config
+  section = recipe.arguments(take, config.init, "init", config=config, state=None)
+  if not section.get("run"):
+    raise ValueError("config.init.run is not given: --config.init=DIR, the run directory to start "
+                     "from")
+  there = checkpoints.load_config(section["run"])
+  if config.model.get("name"):
+    return config
+  config = ConfigDict(config.to_dict())
+  fields = recipe.find_module("models", "adapt", "").fields(image_network(there)[1])
+  config.model = {**fields, **config.model.to_dict()}
+  for name in ("mean", "std"):
+    if name in there.augment and config.augment.get(name) is None:
+      config.augment[name] = there.augment[name]
+  return config
+
+
+def take(config: ConfigDict, state, *, run: str, source: str | None = None,
+         into: str | None = None, fresh: str | None = FRESH) -> Taken:
+  """The parameters and batch statistics that a new run has from another.
+
+  Args:
+    config: of the new run, completed.
+    state: its TrainState, or the shapes of one.
+    run: the other's run directory.
+    source, into: paths of the part there and of the part here, such as "encoder" and "image"; None:
+      the image network, whose positions, patches and channels are made to fit; "": everything.
+    fresh: regular expression: what matches it below `into` is not taken but starts anew. None:
+      nothing is.
+
+  Raises:
+    ValueError: something here is neither there nor fresh, or of another shape; names the first.
+  """
+  loaded = checkpoints.load_run(run)
+  there_path, there = image_network(loaded.config)
+  here_path, here = image_network(config)
+  source_path, into_path = (there_path if source is None else source,
+                            here_path if into is None else into)
+  given, notes = _part(loaded.params, source_path), {}
+  if (source_path, into_path) == (there_path, here_path):
+    given, notes = recipe.find_module("models", "adapt", "").adapt(given, there, here)
+  wanted = _part(state.params, into_path)
+  rows, params, wrong = [], {}, []
+  for name, x in wanted.items():
+    path, value = f"{into_path}/{name}" if into_path else name, given.get(name)
+    if fresh and re.search(fresh, name):
+      rows.append((path, str(x.shape), "new"))
+    elif value is None or value.shape != x.shape:
+      wrong.append(f"{path} {x.shape}: " + ("missing" if value is None else f"{value.shape}"))
+    else:
+      params[path] = np.asarray(value)
+      rows.append((path, str(x.shape), notes.get(name, "taken")))
+  if wrong or not params:
+    raise ValueError(f"config.init.run = {run!r} with source {source_path!r} does not fit into "
+                     f"{into_path!r}; here, and there:\n  " + "\n  ".join(wrong[:5]))
+  used = {f"{source_path}/{name}" if source_path else name for name in wanted
+          if not (fresh and re.search(fresh, name))}
+  rows += [(path, str(x.shape), "ignored") for path, x in _part(loaded.params, "").items()
+           if path not in used]
+  # A method keeps the running statistics of what it trains beside, or above, other state.
+  own = loaded.extra.get("stats", loaded.extra).get("batch_stats", {})
+  given = _part(own, source_path)
+  statistics = {f"{into_path}/{name}" if into_path else name: np.asarray(given[name])
+                for name in _part(state.extra.get("batch_stats", {}), into_path) if name in given}
+  return Taken(params, statistics, rows)
+
+
+def summary(rows) -> list[tuple[str, str, str]]:
+  """The rows of `Taken`, those of one component that had the same fate together."""
+  groups = {}
+  for path, shape, became in rows:
+    groups.setdefault((path.split("/")[0], became), []).append((path, shape))
+  return [(found[0][0], found[0][1], became) if len(found) == 1 else
+          (component, f"{len(found)} arrays", became) for (component, became), found
+          in groups.items()]
+
+
+def resized(run, config: ConfigDict):
+  """A loaded run with its image network's patches made to fit those of a completed config.
+
+  Raises ValueError where the grid of patches would change: at an unchanged patch the network itself
+  stretches its positions.
+  """
+  path, there = image_network(run.config)
+  _, here = image_network(config)
+  if getattr(there, "patch", None) == getattr(here, "patch", None):
+    return run
+  if there.grid != here.grid:
+    raise ValueError(f"config.model.patch = {here.patch} makes {here.grid} patches of images of "
+                     f"{here.image_size} pixels; the run has {there.grid}: keep as many")
+  prefix = f"{path}/" if path else ""
+  part, _ = recipe.find_module("models", "adapt", "").adapt(_part(run.params, path), there, here)
+  part = {prefix + name: array for name, array in part.items()}
+  params = jax.tree.map_with_path(lambda at, x: part.get(path_name(at), x), run.params)
+  return run._replace(params=params, config=config)
+
+
+def put(state, taken: Taken):
+  """A new run's state, its running average too, with what was taken in the place of its own."""
+  def into(tree, values: Mapping):
+    def leaf(path, x):
+      value = values.get(path_name(path))
+      return x if value is None else jax.make_array_from_callback(
+        x.shape, x.sharding, lambda index: value[index])
+    return jax.tree.map_with_path(leaf, tree)
+
+  extra = state.extra
+  if taken.batch_stats:
+    extra = {**extra, "batch_stats": into(extra["batch_stats"], taken.batch_stats)}
+  return state._replace(params=into(state.params, taken.params), extra=extra,
+                        ema=state.ema and into(state.ema, taken.params))
+
+
+def _part(tree, path: str) -> dict:
+  """{path below `path`: array} of a tree's part; of all of it for ""."""
+  prefix = f"{path}/" if path else ""
+  named = ((path_name(p), x) for p, x in jax.tree.leaves_with_path(tree))
+  return {name.removeprefix(prefix): x for name, x in named if name.startswith(prefix)}
