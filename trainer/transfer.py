@@ -89,7 +89,7 @@ def take(config: ConfigDict, state, *, run: str, source: str | None = None,
     else:
       params[path] = np.asarray(value)
       rows.append((path, str(x.shape), notes.get(name, "taken")))
-  if wrong or not params:
+  if wrong or not wanted:
     raise ValueError(f"config.init.run = {run!r} with source {source_path!r} does not fit into "
                      f"{into_path!r}; here, and there:\n  " + "\n  ".join(wrong[:5]))
   used = {f"{source_path}/{name}" if source_path else name for name in wanted
