@@ -13,6 +13,7 @@ from models import mae, positions, vit
 
 SMALL = dict(image_size=32, channels=3, patch=8, width=64, depth=3, heads=4, mlp_dim=256,
              norm_eps=1e-12)
+MAE = dict(**SMALL, positions="learned", decoder_width=48, decoder_depth=2, decoder_heads=4)
 
 
 @pytest.mark.parametrize("fields", [
@@ -20,7 +21,7 @@ SMALL = dict(image_size=32, channels=3, patch=8, width=64, depth=3, heads=4, mlp
 def test_vit_outputs_loss_and_gradients(fields):
   weights, io = published.load("vit"), published.arrays("vit")
   model = vit.make(**SMALL, num_classes=10, **fields)
-  params = published.hf_vit(weights, heads=4)
+  params = published.to_ours("vit/hf", weights, SMALL)[0]
   image = published.nhwc(io["pixel_values"])
 
   def loss(params):
@@ -30,13 +31,12 @@ def test_vit_outputs_loss_and_gradients(fields):
   (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   np.testing.assert_allclose(logits, io["logits"], atol=1e-5)
   np.testing.assert_allclose(value, io["loss"], atol=1e-5)
-  published.assert_gradients(lambda w: published.hf_vit(w, 4), weights, grads,
-                             published.arrays("vit", "grads"))
+  published.assert_gradients("vit/hf", SMALL, grads, published.arrays("vit", "grads"))
 
 
 def test_vit_tokens_and_attention():
   weights, io = published.load("vit"), published.arrays("vit")
-  params, image = published.hf_vit(weights, heads=4), published.nhwc(io["pixel_values"])
+  params, image = published.to_ours("vit/hf", weights, SMALL)[0], published.nhwc(io["pixel_values"])
   tokens = vit.make(**SMALL, pool="none", class_token=True).apply({"params": params}, image)[0]
   np.testing.assert_allclose(tokens, io["last_hidden_state"], atol=1e-5)
   one = jax.tree.map(lambda x: x[:1], params["transformer"]["blocks"])
@@ -49,7 +49,7 @@ def test_vit_tokens_and_attention():
 def test_vit_at_another_resolution_as_pytorch_resamples():
   weights, io = published.load("vit"), published.arrays("vit", "io_interp")
   model = vit.make(**SMALL, num_classes=10, resample="torch")
-  params = published.hf_vit(weights, heads=4)
+  params = published.to_ours("vit/hf", weights, SMALL)[0]
   table = positions.resample(jnp.asarray(params["position"]["table"]), (4, 4), (6, 5), "torch")
   np.testing.assert_allclose(table, io["pos_embed"][0, 1:], atol=1e-5)
   logits, _ = model.apply({"params": params}, published.nhwc(io["pixel_values"]))
@@ -58,9 +58,10 @@ def test_vit_at_another_resolution_as_pytorch_resamples():
 
 def test_timm_average_pooling():
   weights, io = published.load("vit_timm_avg"), published.arrays("vit_timm_avg")
-  model = vit.make(**{**SMALL, "norm_eps": 1e-6}, num_classes=10, pool="mean", class_token=True,
-                   pool_before_norm=True)
-  params = published.timm_vit(weights, heads=4)
+  fields = {**SMALL, "norm_eps": 1e-6, "pool": "mean", "class_token": True,
+            "pool_before_norm": True}
+  model = vit.make(**fields, num_classes=10)
+  params, _ = published.to_ours("vit/timm", weights, fields)
   image = published.nhwc(io["pixel_values"])
 
   def loss(params):
@@ -69,20 +70,18 @@ def test_timm_average_pooling():
 
   (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   np.testing.assert_allclose(logits, io["logits"], atol=1e-5)
-  published.assert_gradients(lambda w: published.timm_vit(w, 4), weights, grads,
+  published.assert_gradients("vit/timm", fields, grads,
                              published.arrays("vit_timm_avg", "grads"))
 
 
 @pytest.fixture(scope="module")
 def recorded_mae():
   weights, io = published.load("vitmae"), published.arrays("vitmae")
-  model = mae.make(**SMALL, positions="learned", decoder_width=48, decoder_depth=2,
-                   decoder_heads=4)
-  return model, weights, published.hf_mae(weights, 4, 4), io
+  return mae.make(**MAE), published.to_ours("mae/hf", weights, MAE)[0], io
 
 
 def test_mae_mask(recorded_mae):
-  io = recorded_mae[3]
+  io = recorded_mae[2]
   keep, restore, mask = mae.mask_from_noise(jnp.asarray(io["noise"]), 0.75)
   np.testing.assert_array_equal(mask, io["mask"])
   np.testing.assert_array_equal(restore, io["ids_restore"])
@@ -91,19 +90,18 @@ def test_mae_mask(recorded_mae):
 
 @pytest.mark.parametrize("norm_pix,case", [(True, "normpix"), (False, "pix")])
 def test_mae_loss_and_gradients(recorded_mae, norm_pix, case):
-  model, weights, params, io = recorded_mae
+  model, params, io = recorded_mae
   method = mae_method.make(model, norm_pix=norm_pix)
   batch = {"image": published.nhwc(io["pixel_values"]), "noise": io["noise"]}
   loss = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
   (value, _), grads = loss(params, {}, batch, jax.random.key(0), 0)
   np.testing.assert_allclose(value, io[f"loss_{case}"], atol=1e-5)
   # Published positions are fixed, so they have no recorded gradient.
-  published.assert_gradients(lambda w: published.hf_mae(w, 4, 4), weights, grads,
-                             published.arrays("vitmae", f"grads_{case}"))
+  published.assert_gradients("mae/hf", MAE, grads, published.arrays("vitmae", f"grads_{case}"))
 
 
 def test_mae_reconstruction(recorded_mae):
-  model, _, params, io = recorded_mae
+  model, params, io = recorded_mae
   method = mae_method.make(model, norm_pix=False)
   batch = {"image": published.nhwc(io["pixel_values"]), "noise": io["noise"]}
   out = method.predict["reconstruct"](params, {}, batch, jax.random.key(0))

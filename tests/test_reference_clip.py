@@ -25,9 +25,12 @@ def build(fields):
 
 
 def load(case):
+  """(weights, params)."""
   if case == "clip_legacy":  # its weights are those of the recording in OpenAI's layout
-    return published.hf_from_openai(published.load("clip_openai_layout"))
-  return published.load(case)
+    weights = published.load("clip_openai_layout")
+    return weights, published.to_ours("clip/openai", weights, CLIP)[0]
+  weights = published.load(case)
+  return weights, published.to_ours("clip/hf", weights, CLIP)[0]
 
 
 def batch_of(io):
@@ -44,10 +47,10 @@ def forward(model, params, batch):
   ("clip_eos", False, 0), ("clip_eos", True, 2), ("clip_legacy", False, 2),
   ("clip_legacy", True, 0)])
 def test_clip(case, masked, chunk):
-  weights, io = load(case), published.arrays(case)
+  (weights, params), io = load(case), published.arrays(case)
   model = build({**CLIP, **CASES[case], "text_mask_padding": masked})
   method = method_module.make(model, batch_size=4, chunk=chunk)
-  params, batch = published.hf_clip(weights, 4), batch_of(io)
+  batch = batch_of(io)
   suffix = "mask" if masked else "nomask"
 
   (image, text, logit_scale, bias), tokens = forward(model, params, batch)
@@ -65,14 +68,14 @@ def test_clip(case, masked, chunk):
   own = io[f"logits_per_image_{suffix}"].argmax(1) == np.arange(4)
   assert extra == {} and metrics["top1"] == own.mean()
   # Padding is never seen by a causal tower's features: both have the same gradients.
-  published.assert_gradients(lambda w: published.hf_clip(w, 4), weights, grads,
-                             published.arrays(case, "grads"), cancelled=("k_proj.bias",))
+  published.assert_gradients("clip/hf", CLIP, grads, published.arrays(case, "grads"),
+                             cancelled=("k_proj.bias",))
 
 
 def test_openai_layout():
-  weights, io = load("clip_legacy"), published.arrays("clip_openai_layout")
+  (_, params), io = load("clip_legacy"), published.arrays("clip_openai_layout")
   method = method_module.make(build({**CLIP, **CASES["clip_legacy"]}), batch_size=4)
-  params, batch = published.hf_clip(weights, 4), batch_of(io)
+  batch = batch_of(io)
   for name, recorded in (("embed_image", io["image_features"]),
                          ("embed_text", io["text_features"])):
     ours = jax.jit(method.predict[name])(params, {}, batch, None)
@@ -88,7 +91,7 @@ def test_openai_layout():
 def test_siglip(chunk, fields):
   weights, io = published.load("siglip"), published.arrays("siglip")
   model = build({**SIGLIP, **fields})
-  params, batch = published.hf_siglip(weights, 4), batch_of(io)
+  params, batch = published.to_ours("clip/siglip", weights, SIGLIP)[0], batch_of(io)
   (image, text, logit_scale, bias), tokens = forward(model, params, batch)
   np.testing.assert_allclose(image, io["image_embeds"], atol=1e-5)
   np.testing.assert_allclose(text, io["text_embeds"], atol=1e-5)
@@ -100,5 +103,5 @@ def test_siglip(chunk, fields):
   loss = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
   (value, _), grads = loss(params, {}, batch, jax.random.key(0), 0)
   np.testing.assert_allclose(value, io["loss"], atol=1e-5)
-  published.assert_gradients(lambda w: published.hf_siglip(w, 4), weights, grads,
-                             published.arrays("siglip", "grads"), cancelled=("k_proj.bias",))
+  published.assert_gradients("clip/siglip", SIGLIP, grads, published.arrays("siglip", "grads"),
+                             cancelled=("k_proj.bias",))

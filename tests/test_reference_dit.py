@@ -22,13 +22,8 @@ def quick_compilation():
 
 
 @pytest.fixture(scope="module")
-def weights():
-  return published.load("dit")
-
-
-@pytest.fixture(scope="module")
-def params(weights):
-  return published.dit(weights, HEADS)
+def params():
+  return published.to_ours("dit/original", published.load("dit"), SMALL)[0]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +122,7 @@ def hybrid_loss(out, x0, noise, x_t, t):
 
 @pytest.mark.parametrize("fields", [{}, {"scan": True}, {"remat": "dots"}, {
   "remat": "full", "scan": True}])
-def test_loss_and_gradients(weights, params, fields):
+def test_loss_and_gradients(params, fields):
   train = {name: published.nhwc(x) if x.ndim == 4 else x
            for name, x in published.arrays("dit", "train").items()}
   model = dit.make(**SMALL, **fields)
@@ -141,5 +136,4 @@ def test_loss_and_gradients(weights, params, fields):
   np.testing.assert_allclose(simple, train["term_mse"], atol=1e-5)
   np.testing.assert_allclose(vlb, train["term_vb"], atol=1e-5)
   # Published positions are fixed, so they have no recorded gradient.
-  published.assert_gradients(lambda w: published.dit(w, HEADS), weights, grads,
-                             published.arrays("dit", "grads"))
+  published.assert_gradients("dit/original", SMALL, grads, published.arrays("dit", "grads"))

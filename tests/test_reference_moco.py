@@ -31,17 +31,16 @@ def test_steps_with_a_queue(case):
   """Loss, logits, gradients, queue, momentum encoder and statistics over all recorded steps."""
   hidden, size, temperature, batch_size, groups, tolerances = CASES[case]
   weights, io = published.load(case), published.arrays(case)
-  model = moco.make(backbone="resnet", variant="18", depths=(1, 1, 1, 1), widths=(8, 8, 12, 16),
-                    stem_width=64, image_size=32, channels=3, dim=12, projector_hidden=hidden,
-                    bn_groups=groups)
+  fields = dict(backbone="resnet", depths=(1, 1, 1, 1), projector_hidden=hidden)
+  model = moco.make(variant="18", widths=(8, 8, 12, 16), stem_width=64, image_size=32, channels=3,
+                    dim=12, bn_groups=groups, **fields)
   method = method_module.make(model, batch_size=batch_size, total_steps=len(tolerances),
                               queue_size=size, momentum=0.9, temperature=temperature)
-  params, stats = published.moco_resnet(weights)
-  momentum_params, momentum_stats = published.moco_resnet(weights, "encoder_k")
+  params, carried = published.to_ours("moco/original", weights, fields)
   made, extra = method.init(jax.random.key(0), {"image": jnp.zeros((groups, 32, 32, 3))})
   assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, params)
-  extra = {**extra, "stats": {"batch_stats": stats}, "momentum_params": momentum_params,
-           "momentum_stats": {"batch_stats": momentum_stats}, "queue": weights["queue"].T}
+  assert set(carried) == {"stats", "momentum_params", "momentum_stats", "queue"}
+  extra = {**extra, **carried}
   tx, _ = optimizer.make(schedule=lambda step: 1.0, batch_size=batch_size, name="sgd", lr=0.1,
                          momentum=0.9, weight_decay=1e-4, decay="")
   opt = tx.init(params)
@@ -61,27 +60,21 @@ def test_steps_with_a_queue(case):
     close(value, io[f"loss_{step}"].mean(), atol)
     close(extra["queue"].T, io[f"queue_{step}"], atol)
     assert extra["pointer"] == io[f"queue_ptr_{step}"]
-    theirs = published.in_their_layout(
-      lambda w: published.moco_resnet(w)[0], published.only(weights, "encoder_q."), grads)
     if step == 0:
-      published.assert_gradients(lambda w: published.moco_resnet(w)[0],
-                                 published.only(weights, "encoder_q."), grads,
-                                 published.arrays(case, "grads"))
+      published.assert_gradients("moco/original", fields, grads, published.arrays(case, "grads"))
     if f"gradnorm_{step}" in io:
-      norms = [np.linalg.norm(g[np.isfinite(g)]) for g in theirs.values() if np.isfinite(g).any()]
+      theirs = published.to_theirs("moco/original", fields, grads)
+      norms = [np.linalg.norm(g) for g in theirs.values()]
       close(np.sort(norms), np.sort(io[f"gradnorm_{step}"]), 10 * atol * max(norms))
     updates, opt = tx.update(grads, opt, params)
     params = optax.apply_updates(params, updates)
-  for encoder, ours in {
-      "encoder_q": (params, extra["stats"]["batch_stats"]),
-      "encoder_k": (extra["momentum_params"], extra["momentum_stats"]["batch_stats"])}.items():
-    theirs = published.in_their_layout(
-      lambda w, encoder=encoder: published.moco_resnet(w, encoder),
-      published.only(weights, f"{encoder}."), ours)
-    after = published.only(published.arrays(case, "after"), f"{encoder}.")
-    assert len(after) > 50
-    for name, expected in after.items():
-      close(published.thinned(theirs[name]), expected, 10 * atol, name)
+  theirs = published.to_theirs("moco/original", fields, params, extra)
+  after = published.arrays(case, "after")
+  for encoder in ("encoder_q.", "encoder_k."):
+    assert sum(name.startswith(encoder) for name in after) > 50
+  for name in theirs:
+    if name.startswith("encoder_"):
+      close(published.thinned(theirs[name].ravel()), after[name], 10 * atol, name)
 
 
 @pytest.mark.parametrize("case, arrays", [("moco_v3_loss", "io"), ("moco_v2_2rank", "v3")])
@@ -103,21 +96,17 @@ def test_v3_loss_and_its_gradients(case, arrays):
 
 def test_a_step_of_v3_with_a_vit():
   weights, io = published.load("moco_v3_vit"), published.arrays("moco_v3_vit")
-  model = moco.make(backbone="vit", image_size=32, channels=3, patch=8, width=48, depth=2, heads=4,
-                    mlp_dim=192, dim=16, head_norm=True,
-                    projector_hidden=(40, 40), predictor_hidden=(40,))
+  fields = dict(backbone="vit", channels=3, patch=8, heads=4, projector_hidden=(40, 40),
+                predictor_hidden=(40,))
+  model = moco.make(image_size=32, width=48, depth=2, mlp_dim=192, dim=16, head_norm=True, **fields)
   method = method_module.make(model, batch_size=8, total_steps=1, queue_size=0, momentum=0.99,
                               temperature=0.2)
-  def to_ours(w):
-    return published.moco_v3_vit(w, 4)[0]
-
-  params, stats = published.moco_v3_vit(weights, 4)
-  momentum_params, momentum_stats = published.moco_v3_vit(weights, 4, "momentum_encoder")
+  params, carried = published.to_ours("moco/v3", weights, fields)
   batch = {"image": published.nhwc(io["x1"]), "image_2": published.nhwc(io["x2"])}
   made, extra = method.init(jax.random.key(0), batch)
   assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, params)
-  extra = {**extra, "stats": {"batch_stats": stats}, "momentum_params": momentum_params,
-           "momentum_stats": {"batch_stats": momentum_stats}}
+  assert set(carried) == {"stats", "momentum_params", "momentum_stats"}
+  extra = {**extra, **carried}
   frozen = "backbone/(embed/projection|.*position)"  # the recording has noise on fixed positions
 
   def loss(params, *rest):
@@ -126,21 +115,14 @@ def test_a_step_of_v3_with_a_vit():
   (value, (extra, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     params, extra, batch, jax.random.key(0), 0)
   close(value, io["loss"])
-  own = {n: w for n, w in weights.items() if not n.startswith("momentum_encoder.")}
-  published.assert_gradients(to_ours, own, grads, published.arrays("moco_v3_vit", "grads"),
+  published.assert_gradients("moco/v3", fields, grads, published.arrays("moco_v3_vit", "grads"),
                              cancelled=("base_encoder.norm.bias",))  # by the next batch norm
   assert not any(np.any(g) for g in jax.tree.leaves(grads["backbone"]["embed"]))
   after = published.arrays("moco_v3_vit", "after")
-  for encoder, ours in {
-      "base_encoder": (params, extra["stats"]["batch_stats"]),
-      "momentum_encoder": (extra["momentum_params"],
-                           extra["momentum_stats"]["batch_stats"])}.items():
-    mine = {n: w for n, w in weights.items()
-            if n.startswith(encoder) or (encoder == "base_encoder" and n.startswith("predictor"))}
-    theirs = published.in_their_layout(
-      lambda w, encoder=encoder: published.moco_v3_vit(w, 4, encoder), mine, ours)
-    for name in mine:
-      close(published.thinned(theirs[name]), after[name], name=name)
+  theirs = published.to_theirs("moco/v3", fields, params, extra)
+  assert set(theirs) == {name for name in weights if not name.endswith("num_batches_tracked")}
+  for name, x in theirs.items():
+    close(published.thinned(x.ravel()), after[name], name=name)
 
   variables = {"params": params, **extra["stats"]}
   projection, out = model.apply(variables, batch["image"], method="encode")

@@ -8,27 +8,21 @@ import pytest
 from methods import supervised
 from models import resnet
 
-HUGGING_FACE = [
-  (r"resnet\.embedder\.embedder\.convolution", "stem"),
-  (r"resnet\.embedder\.embedder\.normalization", "stem_norm"),
-  (r"resnet\.encoder\.stages\.(\d)\.layers\.(\d)\.", r"stage_\1/block_\2/"),
-  (r"layer\.(\d)\.convolution", r"conv_\1"), (r"layer\.(\d)\.normalization", r"norm_\1"),
-  (r"shortcut\.convolution", "shortcut"), (r"shortcut\.normalization", "shortcut_norm"),
-  (r"classifier\.1", "head")]
-CASES = {  # our fields, how their modules are named in ours
-  "resnet": (dict(widths=(4, 6, 8, 12), stem_width=16), HUGGING_FACE),
-  "resnet_torchvision_layout": (dict(widths=(8, 8, 12, 16), stem_width=64),
-                                published.TORCHVISION_RESNET),
+CASES = {  # our fields, the format
+  "resnet": (dict(widths=(4, 6, 8, 12), stem_width=16), "resnet/hf"),
+  "resnet_torchvision_layout": (dict(widths=(8, 8, 12, 16), stem_width=64), "resnet/torchvision"),
 }
+DEPTHS = dict(depths=(1, 2, 1, 1))
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-  fields, names = CASES[request.param]
+  fields, form = CASES[request.param]
   weights, io = published.load(request.param), published.arrays(request.param)
-  model = resnet.make(variant="50", image_size=48, channels=3, num_classes=6, depths=(1, 2, 1, 1),
+  model = resnet.make(variant="50", image_size=48, channels=3, num_classes=6, **DEPTHS,
                       **fields)
-  params, stats = published.renamed(weights, names)
+  params, extra = published.to_ours(form, weights, DEPTHS)
+  stats = extra["batch_stats"]
   batch = {"image": published.nhwc(io["pixel_values"]), "label": io["labels"]}
   return request.param, weights, io, model, params, stats, batch
 
@@ -69,11 +63,9 @@ def test_a_training_step(case):
   step = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
   (value, (extra, _)), grads = step(params, {"batch_stats": stats}, batch, jax.random.key(0), 0)
   np.testing.assert_allclose(value, io["loss_train"], atol=1e-5)
-  names = CASES[name][1]
-  published.assert_gradients(lambda w: published.renamed(w, names)[0], weights, grads,
-                             published.arrays(name, "grads"))
-  theirs = published.in_their_layout(lambda w: published.renamed(w, names)[1], weights,
-                                     extra["batch_stats"])
+  form = CASES[name][1]
+  published.assert_gradients(form, DEPTHS, grads, published.arrays(name, "grads"))
+  theirs = published.to_theirs(form, DEPTHS, {}, extra)
   buffers = published.arrays(name, "buffers")
   assert buffers
   for buffer, expected in buffers.items():

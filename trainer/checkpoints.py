@@ -258,7 +258,11 @@ def load_run(workdir, step: int | None = None) -> Run:
   """
   config = load_config(workdir)
   method, augment = recipe.make_method(config), recipe.make_augment(config)
+  absl = logging.getLogger("absl")
+  level = absl.level
+  absl.setLevel(logging.ERROR)  # it warns that read-only means read-only
   checkpoints = Checkpoints(workdir, read_only=True)
+  absl.setLevel(level)
   if not checkpoints.steps() or step not in (None, *checkpoints.steps()):
     raise FileNotFoundError(f"{checkpoints.directory} has no checkpoint"
                             f"{'' if step is None else f' of step {step}'}; it has "
