@@ -40,7 +40,7 @@ def embedded(config, smoke: bool):
   config.schedule = dict(name="cosine", warmup_steps=100)
   baselines = ("untrained", "pixels")
   config.evals = dict(knn=dict(baselines=baselines), linear_probe=dict(baselines=baselines),
-                      reconstruction=dict(examples=8))
+                      reconstruction=dict(examples=8, ratios=(0.5, 0.75, 0.9)))
   if smoke:
     config.expect = ""
     config.total_steps, config.eval_every_steps, config.log_every_steps = 6, 3, 2
@@ -64,5 +64,5 @@ def imagenet(config, variant):
                         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
   config.optimizer = dict(name="adamw", base_lr=1.5e-4, b1=0.9, b2=0.95, weight_decay=0.05)
   config.schedule = dict(name="cosine", warmup_epochs=40)
-  config.evals = dict(reconstruction=dict(examples=8))
+  config.evals = dict(reconstruction=dict(examples=8, ratios=(0.5, 0.75, 0.9)))
   return config

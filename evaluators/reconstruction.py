@@ -11,36 +11,51 @@ from matplotlib.figure import Figure
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction and\nvisible patches")
 
 
-def evaluate(context, examples=8, prediction="reconstruct"):
+def evaluate(context, examples=8, prediction="reconstruct", ratios=()):
   """Reconstructs the first `examples` images of the evaluation split and draws them.
 
   The masks depend on the seed alone, so that figures of different steps compare. Where the output
   has `norm_pix` [B] and it is true, `image` was given each true patch's mean and variance, which
   flatters it; the caption says so.
 
+  Args:
+    examples: how many.
+    prediction: what reconstructs; given "keep" [B, M], from the patches in it.
+    ratios: a second figure has these shares of the patches removed, such as (0.5, 0.75, 0.9), at
+      random however the training removed them: the more, the more of the same patches.
+
   Writes:
     `context.figures / reconstruction_step{step:08d}.png`, a row for each image.
+    `context.figures / reconstruction_ratios_step{step:08d}.png`, with `ratios`.
 
   Returns:
     mse: over the removed patches of these images, pixels in [0, 1], predictions not clipped.
     psnr: -10 log10(mse), dB.
+    {ratio}/mse, {ratio}/psnr: the same for each of `ratios`.
 
   Raises:
-    ValueError: `examples` below 1.
+    ValueError: `examples` below 1, a ratio that leaves no patch or removes none.
   """
   if examples < 1:
     raise ValueError(f"evals.reconstruction.examples={examples} must be at least 1")
+  if not isinstance(ratios, (tuple, list)) or not all(0 < ratio < 1 for ratio in ratios):
+    raise ValueError(f"evals.reconstruction.ratios={ratios} must be a tuple of numbers in (0, 1)")
   pixels, batch = context.collect(
       "pixels", context.eval_split, "image", params=None, limit=examples)
   images = pixels.reshape(batch["image"].shape)  # b h w c
   out = context.predict(prediction, {"image": images}, jax.random.key(context.seed))
 
-  original, predicted = context.to_pixels(images), context.to_pixels(out["image"])
-  removed = mask_image(out["mask"], *images.shape[1:3])  # b h w 1
-  square = (predicted - original)**2 * removed
-  mse = float(np.sum(square) / (np.sum(removed) * images.shape[-1]))
-  psnr = -10 * math.log10(max(mse, 1e-12))
+  original = context.to_pixels(images)
 
+  def judge(out):
+    """(predicted pixels, which are removed [b, h, w, 1], mse, psnr)."""
+    predicted = context.to_pixels(out["image"])
+    removed = mask_image(out["mask"], *images.shape[1:3])
+    square = (predicted - original)**2 * removed
+    mse = float(np.sum(square) / (np.sum(removed) * images.shape[-1]))
+    return predicted, removed, mse, -10 * math.log10(max(mse, 1e-12))
+
+  predicted, removed, mse, psnr = judge(out)
   caption = (f"Step {context.step}, {context.eval_split}: {np.mean(out['mask']):.0%} of the "
              f"patches removed (grey). On these: MSE {mse:.4f}, PSNR {psnr:.1f} dB.")
   caption += (" No loss is on visible patches, so what the reconstruction has there means nothing; "
@@ -50,10 +65,29 @@ def evaluate(context, examples=8, prediction="reconstruct"):
                 "variance (the targets were patch-normalised).")
   columns = (original, np.where(removed, 0.5, original), predicted,
              np.where(removed, predicted, original))
-  figure = grid(columns, COLUMNS, caption)
+  figures = {"reconstruction": grid(columns, COLUMNS, caption)}
+  metrics = {"mse": mse, "psnr": psnr}
+  patches = out["mask"].shape[1]
+  order = np.random.default_rng(context.seed).random(out["mask"].shape).argsort(1)  # b n
+  columns, titles = [original], ["original"]
+  for ratio in ratios:
+    kept = int(patches * (1 - ratio))
+    if not 0 < kept < patches:
+      raise ValueError(f"evals.reconstruction.ratios: {ratio} must leave at least one of {patches} "
+                       "patches and remove at least one")
+    predicted, removed, mse, psnr = judge(context.predict(
+        prediction, {"image": images, "keep": order[:, :kept]}, jax.random.key(context.seed)))
+    columns += [np.where(removed, 0.5, original), np.where(removed, predicted, original)]
+    titles += [f"{ratio:.0%} removed", f"filled in\nPSNR {psnr:.1f} dB"]
+    metrics |= {f"{ratio:g}/mse": mse, f"{ratio:g}/psnr": psnr}
+  if ratios:
+    figures["reconstruction_ratios"] = grid(columns, titles, (
+        f"Step {context.step}, {context.eval_split}: the same images with more and more patches "
+        "removed, and these as predicted among the true ones."))
   context.figures.mkdir(parents=True, exist_ok=True)
-  figure.savefig(context.figures / f"reconstruction_step{context.step:08d}.png", dpi=150)
-  return {"mse": mse, "psnr": psnr}
+  for name, figure in figures.items():
+    figure.savefig(context.figures / f"{name}_step{context.step:08d}.png", dpi=150)
+  return metrics
 
 
 def mask_image(mask, height, width):

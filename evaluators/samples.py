@@ -7,12 +7,12 @@ import numpy as np
 from einops import rearrange
 from matplotlib.figure import Figure
 
-from evaluators import knn
+from evaluators import knn, pictures
 
 
 def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), rows: int = 10,
              per_class: int = 4, count: int = 1000, count_guidance: float = 2.0, judge: str = "",
-             k: int = 5):
+             k: int = 5, path: int = 8):
   """Share of samples that a judge trained on real images recognises as the class asked for.
 
   Args:
@@ -25,9 +25,12 @@ def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), ro
     judge: run directory of a classifier of images of this size; "" = k-NN on the pixels of four
       fifths of the training split.
     k: its neighbours.
+    path: times at which a figure shows samples on their way from noise, at the end of training and
+      with `count_guidance`; 0 = no such figure.
 
   Writes:
     `context.figures / {prediction}_step{step:08d}.png`, a row for each class.
+    `context.figures / {prediction}_path_step{step:08d}.png`.
 
   Returns:
     {prediction}/recognised for each prediction; judge/held_out, its accuracy on the real images of
@@ -36,11 +39,12 @@ def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), ro
   Raises:
     ValueError: numbers out of range.
   """
-  if min(per_class, count) < 0 or min(rows, k) < 1:
-    raise ValueError(f"evals.samples: per_class = {per_class}, count = {count}, rows = {rows} and "
-                     f"k = {k} must be at least 0, 0, 1 and 1")
+  if min(per_class, count, path) < 0 or min(rows, k) < 1:
+    raise ValueError(f"evals.samples: per_class = {per_class}, count = {count}, path = {path}, "
+                     f"rows = {rows} and k = {k} must be at least 0, 0, 0, 1 and 1")
   classes, metrics = context.info.num_classes, {}
   shown = np.unique(np.linspace(0, max(classes - 1, 0), rows).round().astype(int))
+  names = [str((context.info.class_names or range(classes))[i]) for i in shown] if classes else None
   scales = guidance if classes else (1.0,)
   judging = count and context.final and classes
   if judging:
@@ -53,7 +57,6 @@ def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), ro
     if per_class:
       labels_shown = np.repeat(shown, per_class) if classes else np.zeros(rows * per_class, int)
       blocks = [draw(context, prediction, labels_shown, scale, seed=0) for scale in scales]
-      names = [(context.info.class_names or range(classes))[i] for i in shown] if classes else None
       figure = sheet(np.stack(blocks), per_class, scales, names)
       figure.supxlabel(textwrap.fill(
         f"Step {context.step}, {prediction!r}" + (
@@ -61,7 +64,47 @@ def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), ro
           "told)." if classes else "."), 90), fontsize=8)
       context.figures.mkdir(parents=True, exist_ok=True)
       figure.savefig(context.figures / f"{prediction}_step{context.step:08d}.png", dpi=150)
+    if path and context.final and f"{prediction}_path" in context.predictions:
+      figure = on_the_way(context, prediction, shown[:4] if classes else np.zeros(4), names,
+                          count_guidance, path)
+      context.figures.mkdir(parents=True, exist_ok=True)
+      figure.savefig(context.figures / f"{prediction}_path_step{context.step:08d}.png", dpi=150)
   return metrics
+
+
+def on_the_way(context, prediction: str, labels, names: list | None, scale: float, times: int):
+  """Samples of `labels` [b] at some of the sampler's times: two rows each, x_t and x_0 from it."""
+  out = context.predict(f"{prediction}_path", *request(
+    context, image_shape(context), labels, scale, jax.random.key(context.seed)))
+  calls = out["x0"].shape[1]
+  chosen = np.unique(np.linspace(0, calls - 1, times).round().astype(int))
+  x, x0 = (pictures.rgb(context.to_pixels(out[name])) for name in ("x", "x0"))
+  x = x[:, [*chosen, -1]]                                                    # b times+1 h w 3
+  x0 = np.concatenate([x0[:, chosen], np.ones_like(x0[:, :1])], axis=1)
+  return pictures.mosaic(
+    rearrange(np.stack([x, x0], 1), "b two t h w c -> (b two) t h w c"),
+    [*(f"t = {t:.3g}" for t in out["t"][0, chosen]), "image"],
+    [f"{names[i]}  {what}" if names else what for i in range(len(x))
+     for what in ("x\u209c", "x\u2080")],
+    f"Step {context.step}, {prediction!r}, " + (f"guidance {scale:g}, " if names else "")
+    + f"{calls} calls of the network: x\u209c on its way from noise, and under it x\u2080, the "
+    "image that the network takes to be behind it.", cell=0.9)
+
+
+def image_shape(context) -> tuple[int, int, int]:
+  """(h, w, c) of the images that the network sees."""
+  _, batch = context.collect("pixels", context.train_split, "image", params=None, limit=1)
+  return batch["image"].shape[1:]
+
+
+def request(context, shape, labels, scale: float, root):
+  """What a sampler is asked: (batch of unit noise, `labels` [b] and guidance; its rng)."""
+  noise_key, key = jax.random.split(root)
+  inputs = {"noise": jax.random.normal(noise_key, (len(labels), *shape))}
+  if context.info.num_classes:
+    inputs |= {"label": np.asarray(labels, np.int32),
+               "guidance": np.full(len(labels), scale, np.float32)}
+  return inputs, key
 
 
 def draw(context, prediction: str, labels, scale: float, seed: int):
@@ -69,16 +112,11 @@ def draw(context, prediction: str, labels, scale: float, seed: int):
 
   The noise follows from the run's seed and `seed`. Data without labels takes their number only.
   """
-  _, batch = context.collect("pixels", context.train_split, "image", params=None, limit=1)
-  size, parts = min(250, len(labels)), []
+  size, shape, parts = min(250, len(labels)), image_shape(context), []
   for start in range(0, len(labels), size):
     root = jax.random.fold_in(jax.random.key(context.seed + seed), start)
-    noise_key, key = jax.random.split(root)
-    inputs = {"noise": jax.random.normal(noise_key, (size, *batch["image"].shape[1:]))}
-    if context.info.num_classes:
-      part = np.resize(labels[start:start + size], size).astype(np.int32)
-      inputs |= {"label": part, "guidance": np.full(size, scale, np.float32)}
-    parts.append(context.predict(prediction, inputs, key))
+    parts.append(context.predict(prediction, *request(
+      context, shape, np.resize(labels[start:start + size], size), scale, root)))
   return np.clip(context.to_pixels(np.concatenate(parts)[:len(labels)]), 0, 1)
 
 

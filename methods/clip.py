@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from losses import contrastive
+from methods.image_predictions import image_predictions
 from methods.method import Method
 
 CHOICES = {"loss": ("softmax", "sigmoid")}
@@ -79,14 +80,9 @@ def make(model, *, batch_size: int, loss: str = "softmax", chunk: int = 0,
   def encode(params, extra, batch, **kwargs):
     return run("encode_image", params, extra, batch["image"], **kwargs)[1]
 
-  predict = {
-    "embed_image": lambda params, extra, batch, rng:
-      run("embed_image", params, extra, batch["image"]),
-    "embed_text": lambda params, extra, batch, rng: run("embed_text", params, extra, batch["text"]),
-    "logit_scale": lambda params, extra, batch, rng: scale_of(params["logit_scale"]),
-    "features": lambda params, extra, batch, rng: encode(params, extra, batch)["features"],
-    "tokens": lambda params, extra, batch, rng: encode(params, extra, batch)["tokens"],
-    "attention": lambda params, extra, batch, rng:
-      encode(params, extra, batch, return_weights=True)["weights"],
-  }
+  predict = image_predictions(model.image, encode, lambda params: params["image"])
+  predict.update(
+    embed_image=lambda params, extra, batch, rng: run("embed_image", params, extra, batch["image"]),
+    embed_text=lambda params, extra, batch, rng: run("embed_text", params, extra, batch["text"]),
+    logit_scale=lambda params, extra, batch, rng: scale_of(params["logit_scale"]))
   return Method(init, compute_loss, predict)

@@ -33,7 +33,9 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
     vlb_weight: of the bound that a learned variance is trained by (2102.09672 eq. 16).
     label_dropout: share of labels replaced by "none given" (2207.12598 alg. 1).
     time_scale: factor on the network's times; None: 1 on a discrete path, else 1000.
-    samples: prediction name -> keywords of `make_sample`.
+    samples: prediction name -> keywords of `make_sample`. NAME_path is the same on its way, in the
+      model's units: "x" [b, calls + 1, h, w, c] from noise to image, "x0" [b, calls, h, w, c] as
+      predicted by each call of the network, "t" [b, calls].
   """
   the_path = _call(paths.PATHS[path], path_options, f"method.path_options of path {path!r}")
   predictions.check(prediction, the_path)
@@ -98,11 +100,11 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
     a sampler in `diffusion.samplers.SAMPLERS`.
     """
     at = grids.make(grid, the_path, steps, **grid_options)
-    terms = samplers.table(sampler, the_path, at, **sampler_options).terms
+    times, terms = samplers.table(sampler, the_path, at, **sampler_options)
     predictions.check(prediction, the_path, at)
     limiter = paths.lookup(LIMITS, limit, "limit")
 
-    def sample(params, extra, batch, rng):
+    def sample(params, extra, batch, rng, trajectory=False):
       start_key, step_key = jax.random.split(rng)
       label = batch["label"] if model.num_classes else None
       noise = batch["noise"] if "noise" in batch else jax.random.normal(
@@ -113,14 +115,22 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
                      batch.get("guidance", guidance_scale), guidance_interval, guidance_channels)
       step = predictions.denoiser(run, prediction, the_path, sigma_data=sigma_data, limit=limiter,
                                   rederive_eps=rederive_eps, learned_variance=model.learn_sigma)
-      return samplers.sample(step, noise * the_path.sigma(at[0]), at, the_path, sampler,
-                             rng=step_key if {"noise", "churn"} & set(terms) else None,
-                             **sampler_options)
+      start = noise * the_path.sigma(at[0])
+      out = samplers.sample(step, start, at, the_path, sampler, trajectory=trajectory,
+                            rng=step_key if {"noise", "churn"} & set(terms) else None,
+                            **sampler_options)
+      if not trajectory:
+        return out
+      x = jnp.concatenate([start[None], out[1]["x"]])                        # calls+1 b h w c
+      return {"x": jnp.moveaxis(x, 1, 0), "x0": jnp.moveaxis(out[1]["x0"], 1, 0),
+              "t": jnp.broadcast_to(times, (len(noise), len(times)))}
     return sample
 
-  predict = {name: _call(make_sample, options, f"method.samples.{name}")
-             for name, options in samples.items()}
-  return Method(init, loss, {"denoise": denoise, **predict}, draw)
+  predict = {"denoise": denoise}
+  for name, options in samples.items():
+    predict[name] = _call(make_sample, options, f"method.samples.{name}")
+    predict[f"{name}_path"] = functools.partial(predict[name], trajectory=True)
+  return Method(init, loss, predict, draw)
 
 
 def _call(function, options: Mapping, field: str):

@@ -1,10 +1,13 @@
 """Masked autoencoding (2111.06377): predict the pixels of removed patches."""
 
+import math
+
 import jax.numpy as jnp
 
 from losses import reconstruction
+from methods.image_predictions import image_predictions
 from methods.method import Method
-from models.mae import MASKING, mask_from_noise
+from models.mae import MASKING, mask_from_keep, mask_from_noise
 from models.vit import patchify, unpatchify
 
 CHOICES = {"masking": MASKING}
@@ -40,7 +43,10 @@ def make(model, *, mask_ratio: float = 0.75, masking: str = "random",
     return model.init(rng, batch["image"], keep, restore)["params"], {}
 
   def forward(params, batch, rng, train):
-    keep, restore, mask = mask_from_noise(draw(rng, batch)["noise"], mask_ratio)
+    if "keep" in batch:
+      keep, restore, mask = mask_from_keep(batch["keep"], math.prod(grid_of(batch["image"])))
+    else:
+      keep, restore, mask = mask_from_noise(draw(rng, batch)["noise"], mask_ratio)
     pred = model.apply({"params": params}, batch["image"], keep, restore, train=train,
                        rngs={"dropout": rng, "drop_path": rng} if train else {})
     return pred, mask
@@ -54,7 +60,10 @@ def make(model, *, mask_ratio: float = 0.75, masking: str = "random",
     return reconstruction.masked_mse(pred, target, mask).mean(), (extra, {})
 
   def reconstruct(params, extra, batch, rng):
-    """`image` is the prediction in the input's units, by the true patches' statistics if needed."""
+    """`image` is the prediction in the input's units, by the true patches' statistics if needed.
+
+    Where the batch has "keep", int [b, m], these patches are visible, however many.
+    """
     pred, mask = forward(params, batch, rng, train=False)
     pixels = pred.astype(jnp.float32)
     if norm_pix:
@@ -63,14 +72,9 @@ def make(model, *, mask_ratio: float = 0.75, masking: str = "random",
     return {"pred": pred, "mask": mask, "image": unpatchify(pixels, patch, grid_of(batch["image"])),
             "norm_pix": jnp.full(mask.shape[0], norm_pix)}
 
-  def encode(params, batch, **kwargs):
+  def encode(params, extra, batch, **kwargs):
     return model.apply({"params": params}, batch["image"], method="encode", **kwargs)[1]
 
-  predict = {
-    "features": lambda params, extra, batch, rng: encode(params, batch)["features"],
-    "tokens": lambda params, extra, batch, rng: encode(params, batch)["tokens"],
-    "attention": lambda params, extra, batch, rng:
-      encode(params, batch, return_weights=True)["weights"],
-    "reconstruct": reconstruct,
-  }
+  predict = image_predictions(encoder, encode, lambda params: params["encoder"])
+  predict["reconstruct"] = reconstruct
   return Method(init, loss, predict, draw)

@@ -6,6 +6,7 @@ import optax
 
 from losses import contrastive
 from losses.classification import topk_correct
+from methods.image_predictions import image_predictions
 from methods.method import Method
 
 SCHEDULES = {
@@ -144,10 +145,5 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
     return model.apply({"params": params, **extra["stats"]}, batch["image"], method="encode",
                        **kwargs)[1]
 
-  predict = {
-    "features": lambda params, extra, batch, rng: encode(params, extra, batch)["features"],
-    "tokens": lambda params, extra, batch, rng: encode(params, extra, batch)["tokens"],
-    "attention": lambda params, extra, batch, rng:
-      encode(params, extra, batch, return_weights=True)["weights"],
-  }
+  predict = image_predictions(model.backbone, encode, lambda params: params["backbone"])
   return Method(init, loss, predict, draw, warn)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from losses import classification
+from methods.image_predictions import image_predictions
 from methods.method import Method
 
 CHOICES = {"loss": classification.LOSSES}
@@ -52,11 +53,7 @@ def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0,
     hit = classification.topk_correct(logits, batch["label"], 1)
     return value, (extra, {"top1": hit.astype(jnp.float32).mean()})
 
-  predict = {
-    "logits": lambda params, extra, batch, rng: run(params, extra, batch)[0],
-    "features": lambda params, extra, batch, rng: run(params, extra, batch)[1]["features"],
-    "tokens": lambda params, extra, batch, rng: run(params, extra, batch)[1]["tokens"],
-    "attention": lambda params, extra, batch, rng:
-      run(params, extra, batch, return_weights=True)[1]["weights"],
-  }
+  predict = image_predictions(
+    model, lambda params, extra, batch, **kwargs: run(params, extra, batch, **kwargs)[1])
+  predict["logits"] = lambda params, extra, batch, rng: run(params, extra, batch)[0]
   return Method(init, compute_loss, predict)

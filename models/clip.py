@@ -48,7 +48,7 @@ class CLIP(nn.Module):
     self.logit_bias = None if self.init_bias is None else self.param(
       "logit_bias", nn.initializers.constant(self.init_bias), ())
 
-  def encode_image(self, image, *, train: bool = False, return_weights: bool = False):
+  def encode_image(self, image, *, train: bool = False, return_weights: bool | str = False):
     """The image tower alone: as `ViT.__call__`."""
     return self.image(image, train=train, return_weights=return_weights)
 

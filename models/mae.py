@@ -69,6 +69,14 @@ def mask_from_noise(noise, mask_ratio: float):
   return shuffle[:, :kept], restore, (restore >= kept).astype(jnp.float32)
 
 
+def mask_from_keep(keep, patches: int):
+  """What `mask_from_noise` gives, by the patches that stay: int [b, m], each once."""
+  rows = jnp.arange(len(keep))[:, None]
+  mask = jnp.ones((len(keep), patches)).at[rows, keep].set(0)                # b n
+  shuffle = jnp.argsort(mask, axis=1)
+  return shuffle[:, :keep.shape[1]], jnp.argsort(shuffle, axis=1), mask
+
+
 # --- The network ----------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
@@ -120,7 +128,7 @@ class MAE(nn.Module):
     tokens = self.encoder.encode(vit.patchify(image, patch), grid, keep, train=train)
     return self.decoder(tokens, restore, grid, train=train)
 
-  def encode(self, image, *, return_weights: bool = False):
+  def encode(self, image, *, return_weights: bool | str = False):
     """The encoder alone on whole images: as `ViT.__call__`."""
     return self.encoder(image, return_weights=return_weights)
 

@@ -56,7 +56,7 @@ class MoCo(nn.Module):
     if self.predictor_hidden is not None:
       self.predictor = head(self.predictor_hidden, self.predictor_last_norm)
 
-  def encode(self, image, *, train: bool = False, return_weights: bool = False):
+  def encode(self, image, *, train: bool = False, return_weights: bool | str = False):
     """image [b, h, w, c] -> (projection [b, dim], the backbone's `out`)."""
     features, out = self.backbone(image, train=train, return_weights=return_weights)
     return self.projector(features, train=train), out

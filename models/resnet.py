@@ -98,8 +98,13 @@ class ResNet(nn.Module):
   bn_momentum: float = 0.9
   dtype: jnp.dtype = jnp.float32
 
+  @nn.nowrap
+  def filters(self, params):
+    """The filters of the stem, [d, p, p, c]."""
+    return rearrange(params["stem"]["kernel"], "p q c d -> d p q c")
+
   @nn.compact
-  def __call__(self, image, *, train: bool = False, return_weights: bool = False):
+  def __call__(self, image, *, train: bool = False, return_weights: bool | str = False):
     """image [b, h, w, c] -> ([b, classes] or [b, d], {features [b, d], tokens [b, n, d], weights}).
 
     Tokens are the last grid, row-major: with four stages h/32 x w/32 (small: h/8 x w/8). Raises

@@ -239,8 +239,11 @@ class Transformer(nn.Module):
   redraw: Callable | None = None  # (rng, the blocks' initial parameters) -> others in their place
 
   @nn.compact
-  def __call__(self, x, mask=None, *, train: bool = False, return_weights: bool = False):
-    """x [b, n, d] -> [b, n, d]; with `return_weights` also the last block's, [b, k, n, n]."""
+  def __call__(self, x, mask=None, *, train: bool = False, return_weights: bool | str = False):
+    """x [b, n, d] -> [b, n, d]; with `return_weights` also attention weights.
+
+    True: the last block's, [b, k, n, n]. "all": every block's, [b, depth, k, n, n].
+    """
     block = Block(self.heads, self.mlp_dim, self.activation, self.norm, self.norm_eps,
                   self.attention, self.qk_norm, self.fused_init, self.layer_scale, self.dropout,
                   self.dtype, parent=None)
@@ -257,23 +260,29 @@ class Transformer(nn.Module):
                if train and rate]
     keys = {name: jax.random.split(self.make_rng(name), self.depth) for name in streams}
 
-    def apply(x, layer, return_weights=False):
+    every, last = return_weights == "all", return_weights is True
+
+    def apply(x, layer, return_weights=every):
       params, rate, rngs = layer
-      return block.apply({"params": params}, split_by_example(x), rate, mask, train=train,
-                         rngs=rngs, return_weights=return_weights)
+      out = block.apply({"params": params}, split_by_example(x), rate, mask, train=train,
+                        rngs=rngs, return_weights=return_weights)
+      return out if return_weights else (out, None)
 
     step = apply
     if self.remat != "none":
       step = jax.checkpoint(apply, policy=REMAT[self.remat])
-    layers, looped = (params, rates, keys), self.depth - return_weights
-    weights = None
+    layers, looped = (params, rates, keys), self.depth - last
     if self.scan:
-      x, _ = jax.lax.scan(lambda x, layer: (step(x, layer), None), x,
-                          jax.tree.map(lambda a: a[:looped], layers))
+      x, weights = jax.lax.scan(step, x, jax.tree.map(lambda a: a[:looped], layers))
     else:
+      each = []
       for i in range(looped):
-        x = step(x, jax.tree.map(lambda a, i=i: a[i], layers))
-    if return_weights:  # the last block apart: only its weights are wanted
+        x, of_block = step(x, jax.tree.map(lambda a, i=i: a[i], layers))
+        each.append(of_block)
+      weights = jnp.stack(each) if every else None
+    if every:
+      weights = jnp.moveaxis(weights, 0, 1)                                  # b depth k n n
+    if last:  # the last block apart: only its weights are wanted
       x, weights = apply(x, jax.tree.map(lambda a: a[-1], layers), return_weights=True)
     x = split_by_example(x)
     if self.final_norm:

@@ -190,8 +190,30 @@ class ViT(nn.Module):
     """How many tokens stand before the patches."""
     return int(self.has_class_token) + self.registers
 
+  @nn.nowrap
+  def pool_shares(self, patches: int):
+    """What each of prefix + n tokens counts for the features: [q], sum 1.
+
+    The class token alone for pool = "cls", else all patches alike (of "map" a simplification).
+    """
+    chosen = 0 if self.pool == "cls" else slice(self.prefix, None)
+    shares = jnp.zeros(self.prefix + patches).at[chosen].set(1.0)
+    return shares / shares.sum()
+
+  @nn.nowrap
+  def filters(self, params):
+    """The filters of the patch embedding, [d, p, p, c]."""
+    return rearrange(params["embed"]["projection"]["kernel"], "(p q c) d -> d p q c",
+                     p=self.patch, q=self.patch)
+
+  @nn.nowrap
+  def position_table(self, params):
+    """The position embeddings of the grid it is made for, [n, d]; None where there are none."""
+    table = Positions(self.positions, self.grid, self.width)
+    return table.apply({"params": params.get("position", {})}, self.grid)
+
   def encode(self, patches, grid: tuple[int, int], keep=None, *, train: bool = False,
-             return_weights: bool = False):
+             return_weights: bool | str = False):
     """patches [b, n, p*p*c] -> tokens [b, prefix + m, d], of the patches `keep` [b, m] if given.
 
     Dropped patches are never embedded, so they cost nothing (2111.06377 sec. 3).
@@ -226,11 +248,11 @@ class ViT(nn.Module):
       x = tokens
     return self.pool_norm(x) if self.pool_before_norm else x
 
-  def __call__(self, image, *, train: bool = False, return_weights: bool = False):
+  def __call__(self, image, *, train: bool = False, return_weights: bool | str = False):
     """image [b, h, w, c], any h and w that the patch divides -> ([b, classes] or [b, d], out).
 
-    out: `tokens` [b, n, d] of the patches, `features` [b, d], `weights` [b, k, q, q] of the last
-    block if asked for.
+    out: `tokens` [b, n, d] of the patches, `features` [b, d] and, if asked for, `weights`: with
+    True [b, k, q, q] of the last block, with "all" [b, depth, k, q, q].
     """
     grid = (image.shape[1] // self.patch, image.shape[2] // self.patch)
     tokens = self.encode(patchify(image, self.patch), grid, train=train,

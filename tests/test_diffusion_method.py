@@ -45,6 +45,24 @@ def test_guidance_0_is_unconditional_and_1_conditional_bit_for_bit():
   assert np.abs(two - given).max() > 1e-3
 
 
+@pytest.mark.parametrize("options,calls", [
+  (dict(sampler="ddim", steps=3), 3), (dict(sampler="heun", steps=3), 5)])
+def test_path_of_a_sampler(options, calls):
+  _, method, batch, params, _ = make(samples={"sample": options})
+  noise = np.asarray(jax.random.normal(jax.random.key(5), (8, 16, 16, 1)))
+  inputs = {"label": batch["label"], "noise": noise}
+  path = jax.tree.map(np.asarray, jax.jit(method.predict["sample_path"])(
+    params, {}, inputs, jax.random.key(3)))
+  assert path["x"].shape == (8, calls + 1, 16, 16, 1) and path["x0"].shape[:2] == (8, calls)
+  np.testing.assert_array_equal(path["x"][:, 0], noise)                      # sigma is 1 at t = 1
+  np.testing.assert_allclose(path["x"][:, -1], sample(method, params, inputs), atol=1e-6)
+  for k in range(calls):  # x is before the call at its t: velocity = noise - x_0, x_t - x_0 = t v
+    t, x = path["t"][0, k], path["x"][:, k]
+    velocity = method.predict["denoise"](params, {}, {"image": x, "t": np.full(8, t),
+                                                      "label": batch["label"]}, None)
+    np.testing.assert_allclose(path["x0"][:, k], x - t * velocity, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [
   dict(sampler="heun", steps=3), dict(sampler="euler_maruyama", steps=3, grid_options=dict(
     start=0.99))], ids=lambda o: o["sampler"])

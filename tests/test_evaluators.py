@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from evaluators import classification, knn, linear_probe, reconstruction
+from evaluators import classification, few_shot, knn, linear_probe, reconstruction
 
 
 class Info(NamedTuple):
   num_classes: int | None
+  class_names: tuple = ()
 
 
 class FakeContext(NamedTuple):
@@ -26,6 +27,7 @@ class FakeContext(NamedTuple):
   to_pixels: Any = lambda x: x * 0.25 + 0.5
   figures: Path = Path("unused")
   step: int = 7
+  final: bool = False
   seed: int = 0
   reconstruct: Any = None
 
@@ -35,7 +37,7 @@ class FakeContext(NamedTuple):
 
   def predict(self, name, batch, rng=None):
     assert name == "reconstruct" and rng is not None
-    return self.reconstruct(batch["image"])
+    return self.reconstruct(**batch)
 
 
 def clusters(classes=8, train=160, test=80, d=16, spread=0.1, seed=0):
@@ -90,6 +92,65 @@ def test_classification_against_float64():
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
   np.testing.assert_allclose(metrics["top1"], np.mean(p.argmax(1) == labels))
   assert metrics["top1"] < metrics["top5"] < 1
+
+
+def test_confusion_and_its_figure(tmp_path, monkeypatch):
+  labels, predicted = np.repeat([0, 1, 2], [6, 5, 4]), np.r_[np.zeros(3, int), [1, 1, 2],
+                                                              np.ones(5, int), [0, 0, 0, 0]]
+  counts = classification.confusion(labels, predicted, 3)
+  np.testing.assert_array_equal(counts, [[3, 2, 1], [0, 5, 0], [4, 0, 0]])
+  figures, sheet = [], classification.sheet
+  monkeypatch.setattr(classification, "sheet", lambda *a: figures.append(sheet(*a)) or figures[0])
+  context = FakeContext({("logits", "trained", "test"): np.eye(3, dtype=np.float32)[predicted]},
+                        {"test": {"label": labels.astype(np.int32)}}, Info(3, ("$", "b", "$$")),
+                        figures=tmp_path / "figures", final=True)
+  classification.evaluate(context)
+  matrix, bars = figures[0].axes[:2]
+  np.testing.assert_allclose(matrix.images[0].get_array(), counts / [[6], [5], [4]])
+  assert [text.get_text().strip() for text in bars.texts] == [
+    "$$ taken for $: 4 of 4", "$ taken for b: 2 of 6", "$ taken for $$: 1 of 6"]
+  assert imread(context.figures / "confusion_step00000007.png").shape[1] > 1000
+  classification.evaluate(context._replace(final=False, figures=tmp_path / "none"))
+  assert not (tmp_path / "none").exists()
+  many = sheet(np.arange(150**2).reshape(150, 150) % 7, range(150), 9, "")
+  assert not many.axes[0].images and len(many.axes[1].texts) == 9
+
+
+# few-shot
+
+@pytest.mark.parametrize("m", [6, 40])
+def test_few_shot_fit_is_the_minimum(m):
+  rng = np.random.default_rng(0)
+  x, labels = rng.normal(size=(m, 12)) + 3, np.arange(m) % 4
+  kernel, bias = few_shot.fit(x, labels, 4, 0.3)
+  # The same as least squares with rows sqrt(penalty) w = 0 added; the bias has none.
+  rows = np.concatenate([np.c_[x, np.ones(m)], np.sqrt(0.3 * 12) * np.eye(12, 13)])
+  y = np.concatenate([2 * np.eye(4)[labels] - 1, np.zeros((12, 4))])
+  expected = np.linalg.lstsq(rows, y, rcond=None)[0]
+  np.testing.assert_allclose(np.r_[kernel, bias[None]], expected, atol=1e-9)
+
+
+def test_few_shot_draws_shots_by_seed_and_scores(monkeypatch):
+  context, fitted = clusters(spread=0.6), []
+  monkeypatch.setattr(few_shot, "fit", lambda x, *a, fit=few_shot.fit:
+                      fitted.append((x, a[0])) or fit(x, *a))
+  metrics = few_shot.evaluate(context, shots=(2, 5), draws=3, baselines=("untrained",))
+  assert sorted(metrics) == sorted(f"{prefix}{n}shot/{key}" for prefix in ("", "untrained/")
+                                   for n in (2, 5) for key in ("top1", "top1_std"))
+  assert metrics["untrained/5shot/top1"] < 0.35 < 0.8 < metrics["2shot/top1"]
+  assert metrics["2shot/top1"] <= metrics["5shot/top1"]
+  for i, (x, labels) in enumerate(fitted):
+    np.testing.assert_array_equal(np.bincount(labels), [(2, 5)[i % 2]] * 8)
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-9)
+    np.testing.assert_allclose(x.std(0), 1)
+  assert few_shot.evaluate(context, shots=(5,), draws=3)["5shot/top1"] == metrics["5shot/top1"]
+  few_shot.evaluate(context._replace(seed=1), shots=(2,), draws=3)
+  drawn = [x for x, labels in fitted if len(labels) == 16]  # trained, untrained, the other seed
+  assert len({x[:, :1].tobytes() for x in drawn}) == len(drawn) == 9
+  x = context.outputs["features", "trained", "test"]  # one point is one class
+  assert few_shot.evaluate(context._replace(outputs={
+    **context.outputs, ("features", "trained", "test"): x * 0 + x[:1]}), draws=2, shots=(2,))[
+      "2shot/top1"] == 1 / 8
 
 
 # knn
@@ -234,11 +295,14 @@ def masked_context(tmp_path, channels, offset, **extra):
   images = rng.integers(0, 256, (3, 8, 12, channels)).astype(np.uint8)
   mean, std = np.linspace(0.4, 0.5, channels), np.linspace(0.2, 0.3, channels)
   normalised = ((images / 255 - mean) / std).astype(np.float32)
-  mask = np.float32([[1, 0, 1, 0, 0, 1], [0, 1, 1, 1, 0, 0]])
+  fixed = np.float32([[1, 0, 1, 0, 0, 1], [0, 1, 1, 1, 0, 0]])
 
-  def reconstruct(x):
-    np.testing.assert_array_equal(x, normalised[:2])
-    out = x + 9
+  def reconstruct(image, keep=None):
+    np.testing.assert_array_equal(image, normalised[:2])
+    x, out, mask = image, image + 9, np.copy(fixed)
+    if keep is not None:
+      mask[:] = 1
+      np.put_along_axis(mask, keep, 0, axis=1)
     for i, row in enumerate(mask):
       for n, removed in enumerate(row):
         top, left = 4 * (n // 3), 4 * (n % 3)
@@ -250,7 +314,7 @@ def masked_context(tmp_path, channels, offset, **extra):
   context = FakeContext({("pixels", None, "test"): normalised.reshape(3, -1)},
                         {"test": {"image": images}}, to_pixels=lambda x: x * std + mean,
                         figures=tmp_path / "figures", reconstruct=reconstruct)
-  return context, images[:2] / 255, mask
+  return context, images[:2] / 255, fixed
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -281,6 +345,24 @@ def test_reconstruction_error_and_figure(tmp_path, monkeypatch, channels):
   assert picture.shape[1] == 840 and picture[..., :3].std() > 0.1
 
 
+def test_reconstruction_at_several_ratios(tmp_path, monkeypatch):
+  context, images, _ = masked_context(tmp_path, 1, offset=0.1)
+  drawn = []
+  monkeypatch.setattr(reconstruction, "grid", lambda *a, grid=reconstruction.grid:
+                      drawn.append(a) or grid(*a))
+  metrics = reconstruction.evaluate(context, examples=2, ratios=(0.5, 0.8))
+  for ratio in ("0.5", "0.8"):
+    np.testing.assert_allclose(metrics[f"{ratio}/mse"], 0.01, rtol=1e-4)
+    np.testing.assert_allclose(metrics[f"{ratio}/psnr"], 20.0, rtol=1e-4)
+  original, *rest = drawn[1][0]
+  np.testing.assert_allclose(original, images, atol=1e-6)
+  hidden = [np.abs(filled - images) > 0.05 for filled in rest[1::2]]
+  assert [mask.mean() for mask in hidden] == [0.5, 5 / 6] and (hidden[0] <= hidden[1]).all()
+  for masked, mask in zip(rest[::2], hidden):
+    np.testing.assert_allclose(masked, np.where(mask, 0.5, images), atol=1e-6)
+  assert imread(context.figures / "reconstruction_ratios_step00000007.png").std() > 0.1
+
+
 def test_reconstruction_says_what_patch_normalised_targets_show(tmp_path, monkeypatch):
   captions = []
   monkeypatch.setattr(reconstruction, "grid", lambda *a, grid=reconstruction.grid:
@@ -293,7 +375,7 @@ def test_reconstruction_says_what_patch_normalised_targets_show(tmp_path, monkey
 
 # what a user may get wrong
 
-@pytest.mark.parametrize("evaluator", [classification, knn, linear_probe])
+@pytest.mark.parametrize("evaluator", [classification, few_shot, knn, linear_probe])
 def test_without_labels(evaluator):
   name = evaluator.__name__.split(".")[-1]
   with pytest.raises(ValueError, match=f"evals.{name} needs labels"):
@@ -310,6 +392,12 @@ def test_without_labels(evaluator):
     (linear_probe, {"l2": (0.0, 1.0)}, "evals.linear_probe.l2="),
     (linear_probe, {"holdout": 1.0}, "evals.linear_probe.holdout=1.0"),
     (reconstruction, {"examples": 0}, "evals.reconstruction.examples=0"),
+    (reconstruction, {"ratios": (0.5, 1.0)}, r"evals.reconstruction.ratios=\(0.5, 1.0\)"),
+    (classification, {"pairs": -1}, "evals.classification.pairs = -1"),
+    (few_shot, {"shots": 5}, "evals.few_shot.shots=5 must be a tuple"),
+    (few_shot, {"shots": (5, 21)}, "a class has only 20 of the 160"),
+    (few_shot, {"draws": 1}, "evals.few_shot: draws=1"),
+    (few_shot, {"l2": 0.0}, "l2=0.0"),
 ])
 def test_bad_settings(evaluator, kwargs, message):
   with pytest.raises(ValueError, match=message):

@@ -149,6 +149,20 @@ def test_transformer_and_its_attention_weights(fields):
   np.testing.assert_array_equal(np.asarray(weights)[..., ~mask], 0)
 
 
+@pytest.mark.parametrize("fields", [{}, {"scan": True, "remat": "full"}])
+def test_attention_weights_of_every_block(fields):
+  model, x = transformer.Transformer(3, 2, 12, **fields), normal(2, 5, 8)
+  params = random_params(model, x)
+  y, weights = jax.jit(lambda p, x: model.apply({"params": p}, x, return_weights="all"))(params, x)
+  chex.assert_shape(weights, (2, 3, 2, 5, 5))
+  for i in range(3):
+    first = {**jax.tree.map(np.float64, params),
+             "blocks": jax.tree.map(lambda a, i=i: np.float64(a[:i + 1]), params["blocks"])}
+    expected = [np_transformer(row, first) for row in np.float64(x)]
+    np.testing.assert_allclose(weights[:, i], [e[1] for e in expected], atol=2e-6)
+  np.testing.assert_allclose(y, [e[0] for e in expected], atol=5e-6, rtol=5e-6)
+
+
 def test_a_masked_token_reaches_no_other():
   model, x = transformer.Transformer(2, 2, 12), normal(1, 4, 8)
   mask = np.array([True, True, False, True]).reshape(1, 1, 1, 4)

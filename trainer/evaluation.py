@@ -18,6 +18,7 @@ class Context(NamedTuple):
 
   collect: Callable  # (name, split, *keys, params="trained", limit=None) -> (outputs, {key: array})
   predict: Callable  # (name, batch, rng=None) -> NumPy outputs for one batch of ready images
+  predictions: frozenset[str]  # the names there are
   info: Any  # input_pipeline.sources.Info
   train_split: str
   eval_split: str
@@ -86,8 +87,9 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
   config, data = recipe.config, recipe.data
 
   def evaluate(step: int, final: bool) -> dict[str, float]:
-    context = Context(collect, predict, data.info, data.train_split, data.eval_split,
-                      recipe.augment.to_pixels, Path(workdir) / "figures", step, final, config.seed,
+    context = Context(collect, predict, frozenset(recipe.method.predict), data.info,
+                      data.train_split, data.eval_split, recipe.augment.to_pixels,
+                      Path(workdir) / "figures", step, final, config.seed,
                       data.tokenizer and data.tokenizer.encode,
                       data.tokenizer and data.tokenizer.decode, checkpoints.load_run)
     metrics = {}

@@ -1,0 +1,79 @@
+"""Few-shot linear evaluation: least squares on frozen features (2010.11929 sec. 4.1)."""
+
+import numpy as np
+
+from evaluators import classification, knn
+
+
+def fit(x, labels, classes: int, l2: float):
+  """Ridge regression from features to {-1, 1}^classes, in closed form and float64.
+
+  Minimises |x kernel + bias - y|^2 + l2 D |kernel|^2, the bias free. Of the two equal solutions the
+  smaller system is solved, of D or of M equations.
+
+  Args:
+    x: [M, D] features; labels: int [M].
+    l2: strength of the penalty for each dimension, > 0.
+
+  Returns:
+    (kernel [D, classes], bias [classes]).
+  """
+  x, y = np.asarray(x, np.float64), np.where(labels[:, None] == np.arange(classes), 1.0, -1.0)
+  x_mean, y_mean, (m, d) = x.mean(0), y.mean(0), x.shape
+  x, y, ridge = x - x_mean, y - y_mean, l2 * d * np.eye(min(m, d))
+  if d <= m:
+    kernel = np.linalg.solve(x.T @ x + ridge, x.T @ y)                       # d classes
+  else:
+    kernel = x.T @ np.linalg.solve(x @ x.T + ridge, y)
+  return kernel, y_mean - x_mean @ kernel
+
+
+def evaluate(context, shots=(5, 10), draws: int = 5, l2: float = 1.0, features="features",
+             baselines=(), limit: int | None = None):
+  """Top-1 on the evaluation split of `fit` to a few examples of each class.
+
+  The examples are drawn from the training split by the run's seed: those of fewer shots are the
+  first of those of more, and all representations get the same. They standardise the features too.
+  `knn.per_representation` describes `features`, `baselines` and `limit`.
+
+  Args:
+    shots: numbers of examples a class.
+    draws: how many sets of examples, at least 2.
+    l2: see `fit`.
+
+  Returns:
+    {n}shot/top1, the mean over the draws, and {n}shot/top1_std, their standard deviation.
+
+  Raises:
+    ValueError: numbers out of range, a class with fewer examples than shots, an unknown baseline,
+      data without labels.
+  """
+  if not isinstance(shots, (tuple, list)) or not shots or any(
+      type(n) is not int or n < 1 for n in shots):
+    raise ValueError(f"evals.few_shot.shots={shots} must be a tuple of whole numbers, at least 1")
+  if draws < 2 or not l2 > 0:
+    raise ValueError(f"evals.few_shot: draws={draws} and l2={l2} must be at least 2 and above 0")
+
+  def score(x, labels, test_x, test_labels, classes):
+    fewest = np.bincount(labels, minlength=classes).min()
+    if fewest < max(shots):
+      raise ValueError(f"evals.few_shot.shots={shots}: a class has only {fewest} of the {len(x)} "
+                       "training examples used")
+    top1 = np.zeros((len(shots), draws))
+    for draw in range(draws):
+      order = np.random.default_rng((context.seed, draw)).permutation(len(x))
+      order = order[np.argsort(labels[order], kind="stable")]                # class by class
+      place = np.concatenate([np.arange(n) for n in np.bincount(labels)])    # within its class
+      for row, n in zip(top1, shots):
+        chosen = order[place < n]
+        few = np.asarray(x[chosen], np.float64)
+        mean, std = few.mean(0), few.std(0)
+        std = np.where(std > 1e-6 * std.max(), std, 1)  # a constant feature stays constant
+        kernel, bias = fit((few - mean) / std, labels[chosen], classes, l2)
+        kernel = kernel / std[:, None]
+        scores = test_x.astype(np.float64) @ kernel + (bias - mean @ kernel)  # b classes
+        row[draw] = classification.topk(scores, test_labels)["top1"]
+    return {f"{n}shot/{key}": value for n, row in zip(shots, top1) for key, value in
+            (("top1", row.mean()), ("top1_std", row.std(ddof=1)))}
+
+  return knn.per_representation(context, "few_shot", score, features, baselines, limit)
