@@ -34,11 +34,11 @@ def classify_images(run, pattern: str, classes: str, templates: list[str]) -> li
   names = zero_shot.parse_classes(classes)
   text = zero_shot.class_embeddings(
     lambda prompts: retrieval.embed_text(run.predict, run.tokenize(prompts)), names, templates)
-  rows = []
+  scale, rows = run.predict("logit_scale", {}), []
   for path in paths:
     pixels = sources.decode({"image": Path(path), "name": path}, run.config.model.channels)
     image = run.predict("embed_image", {"image": run.preprocess(pixels[None])})
-    chances = zero_shot.classify(image, text, run.predict("logit_scale", {}))[0]
+    chances = zero_shot.classify(image, text, scale)[0]
     rows.append({"image": path, **dict(zip(names, map(float, chances)))})
   return rows
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import chex
 import jax
@@ -194,11 +195,16 @@ def test_fine_tuning_by_the_command(runs, data_dir, tmp_path, capsys):
   assert "decoder" in out and "fixed sincos2d become learned" in out
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["model"]["name"] == "vit" and config["model"]["width"] == 32
+  shutil.move(runs("mae"), tmp_path / "elsewhere")  # a run goes on without its source's weights
+  (runs("mae")).mkdir()
+  shutil.copy(tmp_path / "elsewhere" / "config.json", runs("mae"))
   assert train.main(flags) == 0
   assert "became" not in capsys.readouterr().out
+  shutil.rmtree(runs("mae"))
   assert evaluate.main([f"--workdir={tmp_path / 'run'}", f"--data_dir={data_dir}", "--json",
                         "--config.augment.image_size=24", "--config.model.patch=6"]) == 0
   assert "classification/top1" in json.loads(capsys.readouterr().out.splitlines()[-1])
+  shutil.move(tmp_path / "elsewhere", runs("mae"))
   # A probe: nothing but the head moves, and the statistics of its norm.
   probe = tmp_path / "probe"
   assert train.main([*flags[:2], f"--workdir={probe}", flags[3], "--config.model.probe_norm=true",

@@ -66,6 +66,11 @@ def code_version() -> str:
   return content.hexdigest()[:12]
 
 
+def exist(workdir) -> bool:
+  """Whether a run directory has a checkpoint that was written to the end."""
+  return any(path.name.isdigit() for path in epath.Path(workdir).glob("checkpoints/*"))
+
+
 class _Preserve:
   """Which checkpoints stay: the newest, those at certain steps, the best by a logged metric."""
 

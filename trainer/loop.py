@@ -166,9 +166,10 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
   init = initial_state(recipe)
   try:
     abstract, shardings = abstract_state(recipe)
-    taken = config.init and recipes.call(transfer.take, config.init, "init", config=config,
-                                         state=abstract)
-  except ValueError as error:  # what only the parameters' shapes can tell
+    taken = None
+    if config.init and not checkpoints.exist(workdir):
+      taken = recipes.call(transfer.take, config.init, "init", config=config, state=abstract)
+  except (ValueError, FileNotFoundError) as error:  # what only the parameters' shapes can tell
     raise TrainingError(str(error)) from error
   check_same_run(workdir, facts["config"])
   if recipe.data.tokenizer:
@@ -194,7 +195,7 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
                     config=facts["config"])
   shown = describe(recipe, abstract, start, workdir)
   report.facts(shown)
-  if taken and not restored:
+  if taken:
     report.table(f"from {config.init.run}", ("parameters", "", "became"),
                  transfer.summary(taken.rows))
   if report.writes:

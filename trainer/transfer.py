@@ -39,12 +39,9 @@ def fill(config: ConfigDict) -> ConfigDict:
   if not config.init:
     return config
   section = recipe.arguments(take, config.init, "init", config=config, state=None)
-  if not section.get("run"):
-    raise ValueError("config.init.run is not given: --config.init=DIR, the run directory to start "
-                     "from")
-  there = checkpoints.load_config(section["run"])
-  if config.model.get("name"):
+  if config.model.get("name"):  # a finished run needs no other one
     return config
+  there = checkpoints.load_config(_given(section["run"]))
   config = ConfigDict(config.to_dict())
   fields = recipe.find_module("models", "adapt", "").fields(image_network(there)[1])
   config.model = {**fields, **config.model.to_dict()}
@@ -69,8 +66,9 @@ def take(config: ConfigDict, state, *, run: str, source: str | None = None,
 
   Raises:
     ValueError: something here is neither there nor fresh, or of another shape; names the first.
+    FileNotFoundError: there is no such run.
   """
-  loaded = checkpoints.load_run(run)
+  loaded = checkpoints.load_run(_given(run))
   there_path, there = image_network(loaded.config)
   here_path, here = image_network(config)
   source_path, into_path = (there_path if source is None else source,
@@ -132,6 +130,13 @@ def resized(run, config: ConfigDict):
   part = {prefix + name: array for name, array in part.items()}
   params = jax.tree.map_with_path(lambda at, x: part.get(path_name(at), x), run.params)
   return run._replace(params=params, config=config)
+
+
+def _given(run: str) -> str:
+  if not run:
+    raise ValueError("config.init.run is not given: --config.init=DIR, the run directory to start "
+                     "from")
+  return run
 
 
 def put(state, taken: Taken):
