@@ -89,10 +89,10 @@ def main(argv: list[str] | None = None) -> int:
       recipe.override(config, key, value)
     built = recipe.build(config, args.data_dir)
     run = transfer.resized(run, built.config)
+    metrics = evaluation.evaluate_run(run, built, args.workdir)
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
-  metrics = evaluation.evaluate_run(run, built, args.workdir)
   page = jax.process_index() == 0 and report.update(
     args.workdir, "evaluation", step=run.step, metrics=metrics,
     changed=[f"--config.{key}={value}" for key, value in overrides.items()])

@@ -56,20 +56,11 @@ def main(argv: list[str] | None = None) -> int:
   if kind == "cpu" and "jax" not in sys.modules:
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
                                + f" --xla_force_host_platform_device_count={count}")
-  from input_pipeline import batches
   from trainer import loop, plan, recipe, sharding
   try:
     config = recipe.load_config(args.config, overrides)
-    model, augment = config.model, config.augment
-    mean = augment.get("mean", 0.5)
-    data = batches.stand_in(
-      config.data.source, config.data.batch_size, augment.get("image_size"),
-      model.get("channels") or (len(mean) if isinstance(mean, tuple) else None),
-      model.get("num_classes") or (0 if config.method.name != "supervised" else None),
-      views=1 if augment.get("second_view") is None else 2,
-      **{name: config.data[name] for name in ("latents", "tokenizer", *recipe.FROM_TEXT)
-         if name in config.data})
-    built = recipe.build(config, data=data, devices=plan.topology_devices(args.topology))
+    built = recipe.build(config, data=recipe.stand_in(config),
+                         devices=plan.topology_devices(args.topology))
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1

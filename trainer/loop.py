@@ -247,7 +247,11 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
   def evaluate_if_due(step):
     # A continued run may have it.
     if evaluation_due(step) and not sharding.agreed(step in report.evaluations):
-      report.evaluation(step, timed("evaluation", evaluate, step, step == recipe.total))
+      try:
+        metrics = timed("evaluation", evaluate, step, step == recipe.total)
+      except (ValueError, FileNotFoundError) as error:  # an evaluator that this run cannot have
+        raise TrainingError(f"evaluation at step {step}: {error}") from error
+      report.evaluation(step, metrics)
       report.restart_clock(step)
 
   spent["start"] = time.monotonic() - began

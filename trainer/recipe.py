@@ -173,8 +173,9 @@ def override(config: ConfigDict, key: str, text: str):
   elif not sections and leaf not in node:
     raise ValueError(f"config.{key}: unknown field; " + nearest(leaf, sorted(node)))
   old = node.get(leaf)
-  if isinstance(old, ConfigDict) and value is None and sections:  # an evaluator that is not wanted
-    del node[leaf]
+  if value is None and (isinstance(old, ConfigDict) and sections or sections == ["evals"]):
+    if leaf in node:  # an evaluator that is not wanted
+      del node[leaf]
     return
   if isinstance(old, ConfigDict) and not isinstance(value, dict):
     raise ValueError(f"config.{key} = {text}: it is a section; set config.{key}.FIELD")
@@ -275,6 +276,17 @@ def make_data(config: ConfigDict, data_dir: str | None):
   return call(find_module("input_pipeline", "batches", "").make, config.data, "data",
               data_dir=data_dir, seed=config.seed, **crop,
               views=1 if config.augment.get("second_view") is None else 2)
+
+
+def stand_in(config: ConfigDict):
+  """What `make_data` gives, by its shapes alone: for planning and timing without the data set."""
+  model, mean = config.model, config.augment.get("mean", 0.5)
+  return find_module("input_pipeline", "batches", "").stand_in(
+    config.data.source, config.data.batch_size, config.augment.get("image_size"),
+    model.get("channels") or (len(mean) if isinstance(mean, (tuple, list)) else None),
+    model.get("num_classes") or 0, views=1 if config.augment.get("second_view") is None else 2,
+    **{name: config.data[name] for name in ("latents", "tokenizer", *FROM_TEXT)
+       if name in config.data})
 
 
 def total_steps(config: ConfigDict, train_size: int) -> int:
