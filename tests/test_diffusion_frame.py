@@ -339,7 +339,7 @@ def recorded():
   arrays = {name: published.nhwc(x) if x.ndim == 4 else x for name, x in arrays.items()}
   model = dit.make(image_size=8, channels=4, patch=2, width=48, depth=2, heads=4, num_classes=10,
                    learn_sigma=True, positions="learned")
-  params = published.dit(published.load("dit"), 4)
+  params, _ = published.to_ours("dit/original", published.load("dit"), dict(heads=4, patch=2))
   out = jax.jit(lambda *args: model.apply({"params": params}, *args))(
     arrays["x_t"], arrays["t"], arrays["y"])
   return {**arrays, "out": out}

@@ -324,7 +324,8 @@ def test_respaced_sampling_of_the_published_dit(sampler):
         published.arrays("schedulers", "dit").items()}
   model = dit.make(image_size=8, channels=4, patch=2, width=48, depth=2, heads=4, num_classes=10,
                    learn_sigma=True, positions="learned")
-  params, (b, null) = published.dit(published.load("dit"), 4), (2, 10)
+  params, _ = published.to_ours("dit/original", published.load("dit"), dict(heads=4, patch=2))
+  b, null = 2, 10
   path = paths.vp_discrete()
   network = guidance.guided(
     lambda x, t, label: model.apply({"params": params}, x, t, label), io["label"],

@@ -15,10 +15,13 @@ VIT = {"model.heads": "4", "model.drop_path": "0.2", "model.scan": "true"}
 RECIPES = {
   "vit": ("configs/vit.py:smoke", VIT),
   "mae": ("configs/mae.py:smoke", {**VIT, "model.decoder_heads": "4"}),
-  # A queue that a batch does not divide, and shuffled keys in 8 groups of batch statistics.
+  # A queue that a batch does not divide, and shuffled keys in 8 groups of batch statistics. With
+  # seed 0 an activation lies within rounding of ReLU's kink at the third step, on some processors:
+  # there a change of 1e-7 in the parameters changes the gradient by 1e-4 on one device alike.
   "moco_v1": ("configs/moco.py:smoke", {
     "data.batch_size": "64", "model.bn_groups": "8", "model.projector_hidden": "()",
-    "method.queue_size": "100", "method.momentum": "0.9", "optimizer.lr": "0.01"}),
+    "method.queue_size": "100", "method.momentum": "0.9", "optimizer.lr": "0.01",
+    "seed": "2"}),
   # Batch norm magnifies rounding from step to step, the more the faster parameters move. Without
   # solarize, whose threshold makes a whole grey level of a pixel's last bit.
   "moco_v3": ("configs/moco.py:smoke_v3", {
