@@ -60,21 +60,19 @@ def main():
   assert start(args, folder / "whole", folder / "data").wait() == 0
   length = time.monotonic() - began
   expected = outcome(folder / "whole")
-  kill, killed = 0, False
+  kill = 0
   while kill < args.kills:
     workdir = folder / "killed"
     process = start(args, workdir, folder / "data")
     moment = rng.uniform(0.3, 1.0) * length
     try:
       process.wait(moment)
+      shutil.rmtree(workdir)  # it had ended: another try
+      continue
     except subprocess.TimeoutExpired:
       process.kill()
       process.wait()
-      killed = True
-    if not killed:  # it had ended: another try
-      shutil.rmtree(workdir)
-      continue
-    kill, killed = kill + 1, False
+    kill += 1
     rows = read_metrics(workdir)
     half = [p.name for p in (workdir / "checkpoints").glob("*tmp*")]
     where = f"at step {rows[-1]['step'] if rows else 0}" + (f", writing {half}" if half else "")

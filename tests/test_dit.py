@@ -10,32 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal, random_params
 
 from models import dit
 from trainer import sharding
 from trainer.state import count_flops
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = dict(image_size=(8, 12), channels=3, patch=4, width=16, depth=2, heads=2)
 TIMES, LABELS = np.array([3.5, 870.0], np.float32), np.array([4, 5])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def normal(*shape, seed=1):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def random_params(module, *args):
-  """Every parameter random, so that no initial zero or one hides a mistake."""
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
-  return jax.tree.map(lambda s: rng.normal(0, 0.15, s.shape).astype(np.float32), shapes)
 
 
 # --- The same maths in float64 NumPy: one example, one head at a time -----------------------------
@@ -137,7 +121,7 @@ def np_dit(x, t, label, p, model):
 def test_dit(fields):
   model = dit.make(**{**TINY, "num_classes": 5, **fields})
   x = normal(2, 8, 12, 3)
-  params = random_params(model, x, TIMES, LABELS)
+  params = random_params(0.15, model, x, TIMES, LABELS)
   y = jax.jit(lambda p, *args: model.apply({"params": p}, *args))(params, x, TIMES, LABELS)
   p = jax.tree.map(np.float64, params)
   expected = [np_dit(*example, p, model) for example in zip(np.float64(x), TIMES, LABELS)]
@@ -200,7 +184,7 @@ def test_initial_parameters():
 def test_the_null_label_is_a_row_of_its_own():
   model = dit.make(**TINY, num_classes=5)
   x, t = np.repeat(normal(1, 8, 12, 3), 7, axis=0), np.full(7, 10.0, np.float32)
-  params = random_params(model, x, t)
+  params = random_params(0.15, model, x, t)
   run = jax.jit(lambda label: model.apply({"params": params}, x, t, label))
   y = np.asarray(run(np.arange(7)))  # five classes, null, and one that has no row
   for i in range(6):
@@ -211,7 +195,7 @@ def test_the_null_label_is_a_row_of_its_own():
   del params["condition"]["label"]
   run = jax.jit(lambda label: unconditional.apply({"params": params}, x, t, label))
   np.testing.assert_array_equal(run(None), run(np.arange(7)))
-  chex.assert_trees_all_equal_shapes(params, random_params(unconditional, x, t))
+  chex.assert_trees_all_equal_shapes(params, random_params(0.15, unconditional, x, t))
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -220,7 +204,7 @@ def test_scan_and_remat_are_what_they_say(scan):
   x, flops = normal(2, 8, 12, 3), {}
   for remat in ("none", "dots", "full"):
     model = dit.make(**TINY, num_classes=5, scan=scan, remat=remat, rope=True)
-    params = random_params(model, x, TIMES)
+    params = random_params(0.15, model, x, TIMES)
     grad = jax.grad(lambda p, m=model: m.apply({"params": p}, x, TIMES, LABELS).sum())
     assert ("scan[" in str(jax.make_jaxpr(grad)(params))) == scan
     flops[remat] = count_flops(grad, params)
@@ -231,7 +215,7 @@ def test_scan_and_remat_are_what_they_say(scan):
 def test_compute_type_is_not_the_parameters(scan):
   x = normal(2, 8, 12, 3)
   model = dit.make(**TINY, num_classes=5, rope=True, qk_norm=True, mlp="swiglu", scan=scan)
-  params = random_params(model, x, TIMES)
+  params = random_params(0.15, model, x, TIMES)
   half = model.clone(dtype=jnp.bfloat16)
   variables = jax.eval_shape(half.init, jax.random.key(0), x, TIMES)
   assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
@@ -247,7 +231,7 @@ def test_on_a_mesh(mlp):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   model, x = dit.make(**TINY, num_classes=5, mlp=mlp, rope=True), normal(8, 8, 12, 3)
   t, label = np.linspace(0, 999, 8, dtype=np.float32), np.arange(8) % 6
-  params = random_params(model, x, t)
+  params = random_params(0.15, model, x, t)
   split = {path for path, _, spec in sharding.layout(params, mesh) if "tensor" in spec}
   assert split == {f"blocks/{name}" for name in (
     "attention/qkv_kernel", "attention/qkv_bias", "attention/out/kernel", "mlp/up/kernel",

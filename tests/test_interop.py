@@ -20,6 +20,8 @@ from interop import published as interop
 from models import dit, positions
 from trainer import checkpoints, recipe
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = Path(__file__).parent / "published_names"
 
 
@@ -63,14 +65,6 @@ RECORDED = {
     {"image": published.nhwc(io["x"]), "t": io["t"], "label": io["y"]},
     published.nhwc(io["out"]))}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -10,30 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal, random_params
 
 from models import mae, positions, transformer, vit
 from trainer.state import count_flops
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = dict(image_size=(8, 12), channels=3, patch=4, width=16, depth=2, heads=2, mlp_dim=24)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def random_params(module, *args, **kwargs):
-  """Every parameter random, so that no initial zero or one hides a mistake."""
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
-  return jax.tree.map(lambda s: rng.normal(0, 0.4, s.shape).astype(np.float32), shapes)
-
-
-def normal(*shape, seed=1):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 # --- The same maths in float64 NumPy: one example, one head, one patch at a time ------------------
@@ -139,7 +123,7 @@ def np_features(tokens, p, model):
 def test_transformer_and_its_attention_weights(fields):
   model, x = transformer.Transformer(2, 2, 12, **fields), normal(2, 5, 8)
   mask = np.tril(np.ones((5, 5), bool))  # without a mask: in the ViT's test
-  params = random_params(model, x)
+  params = random_params(0.4, model, x)
   y, weights = jax.jit(lambda p, x: model.apply(
     {"params": p}, x, mask[None, None], return_weights=True))(params, x)
   expected = [np_transformer(row, jax.tree.map(np.float64, params),
@@ -152,7 +136,7 @@ def test_transformer_and_its_attention_weights(fields):
 @pytest.mark.parametrize("fields", [{}, {"scan": True, "remat": "full"}])
 def test_attention_weights_of_every_block(fields):
   model, x = transformer.Transformer(3, 2, 12, **fields), normal(2, 5, 8)
-  params = random_params(model, x)
+  params = random_params(0.4, model, x)
   y, weights = jax.jit(lambda p, x: model.apply({"params": p}, x, return_weights="all"))(params, x)
   chex.assert_shape(weights, (2, 3, 2, 5, 5))
   for i in range(3):
@@ -166,7 +150,7 @@ def test_attention_weights_of_every_block(fields):
 def test_a_masked_token_reaches_no_other():
   model, x = transformer.Transformer(2, 2, 12), normal(1, 4, 8)
   mask = np.array([True, True, False, True]).reshape(1, 1, 1, 4)
-  params = random_params(model, x)
+  params = random_params(0.4, model, x)
   jacobian = jax.jacobian(lambda x: model.apply({"params": params}, x, mask)[0].sum(-1))
   reach = np.abs(jax.jit(jacobian)(x)[:, 0]).sum(-1)                         # out in
   np.testing.assert_array_equal(reach > 0, np.eye(4, dtype=bool) | mask[0, 0])
@@ -175,7 +159,7 @@ def test_a_masked_token_reaches_no_other():
 @pytest.fixture(scope="module")
 def unrolled():
   x, target = normal(2, 3, 8), normal(2, 3, 8, seed=3)
-  params = random_params(transformer.Transformer(2, 2, 12), x)
+  params = random_params(0.4, transformer.Transformer(2, 2, 12), x)
 
   def run(**fields):
     model = transformer.Transformer(2, 2, 12, dropout=0.2, drop_path=0.5, **fields)
@@ -251,7 +235,7 @@ def test_drop_path(scan):
   """Layer l's attention writes feature 2 l alone and its MLP 2 l + 1: the output is the draws."""
   x = np.zeros((4000, 2, 6), np.float32)
   model = transformer.Transformer(3, 1, 4, drop_path=0.6, final_norm=False, scan=scan)
-  params = jax.tree.map(np.zeros_like, random_params(model, x[:1]))
+  params = jax.tree.map(np.zeros_like, random_params(0.4, model, x[:1]))
   params["blocks"]["attention"]["out"]["bias"] = np.eye(6, dtype=np.float32)[0::2]
   params["blocks"]["mlp"]["down"]["bias"] = np.eye(6, dtype=np.float32)[1::2]
   y = model.apply({"params": params}, x, train=True, rngs={"drop_path": jax.random.key(0)})
@@ -265,11 +249,11 @@ def test_dropout(where):
   x = np.zeros((2000, 2, 6), np.float32)
   if where == "branch":
     model = transformer.Transformer(1, 1, 4, dropout=0.25, final_norm=False)
-    params = jax.tree.map(np.zeros_like, random_params(model, x[:1]))
+    params = jax.tree.map(np.zeros_like, random_params(0.4, model, x[:1]))
     params["blocks"]["attention"]["out"]["bias"] += 1
   else:
     model = transformer.Mlp(6, "relu", dropout=0.25)
-    params = jax.tree.map(np.zeros_like, random_params(model, x[:1]))
+    params = jax.tree.map(np.zeros_like, random_params(0.4, model, x[:1]))
     params["up"]["bias"] += 1
     params["down"]["kernel"] += np.eye(6, dtype=np.float32)
   y = model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(0)})
@@ -300,7 +284,7 @@ def test_parameter_count(variant, count):
 def test_vit(fields):
   model = vit.make(**{**TINY, "num_classes": 5, **fields})
   image = normal(2, 8, 12, 3)
-  params = random_params(model, image)
+  params = random_params(0.4, model, image)
   y, out = jax.jit(lambda p, x: model.apply({"params": p}, x, return_weights=True))(params, image)
   p = jax.tree.map(np.float64, params)
   for i in range(2):
@@ -389,7 +373,7 @@ def test_the_same_grid_keeps_every_bit(method):
 def test_vit_resamples_to_the_images_grid():
   small, image = vit.make(**TINY), normal(1, 16, 8, 3)
   large = vit.make(**{**TINY, "image_size": (16, 8)})
-  params = random_params(small, normal(1, 8, 12, 3))
+  params = random_params(0.4, small, normal(1, 8, 12, 3))
   table = positions.resample(params["position"]["table"], (2, 3), (4, 2))
   expected = large.apply({"params": {**params, "position": {"table": table}}}, image)[0]
   np.testing.assert_allclose(small.apply({"params": params}, image)[0], expected, atol=1e-6)
@@ -430,7 +414,7 @@ def test_mae(visible, kind):
   keep, restore, image = visible
   model = mae.make(**TINY, positions=kind, registers=1, decoder_width=8, decoder_depth=2,
                    decoder_heads=2)
-  params = random_params(model, image, keep, restore)
+  params = random_params(0.4, model, image, keep, restore)
   pred = jax.jit(lambda p: model.apply({"params": p}, image, keep, restore))(params)
   encoder, decoder = (jax.tree.map(np.float64, params[k]) for k in ("encoder", "decoder"))
   for i in range(2):
@@ -449,7 +433,7 @@ def test_mae(visible, kind):
 def test_removed_patches_reach_neither_encoder_nor_prediction(visible):
   keep, restore, image = visible
   model = mae.make(**TINY, decoder_width=8, decoder_depth=1, decoder_heads=2)
-  params = random_params(model, image, keep, restore)
+  params = random_params(0.4, model, image, keep, restore)
 
   def encoded(image):
     tokens = model.apply({"params": params}, vit.patchify(image, 4), (2, 3), keep,

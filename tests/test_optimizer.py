@@ -14,15 +14,9 @@ from models import mae, vit
 from trainer import optimizer, schedule
 from trainer.state import TrainState, count_flops, make_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = dict(image_size=8, channels=3, patch=4, width=8, depth=2, heads=2, mlp_dim=12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normal(*shape, seed=0, scale=1.0):

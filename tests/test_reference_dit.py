@@ -8,17 +8,11 @@ import pytest
 
 from models import dit, vit
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEADS = 4
 SMALL = dict(image_size=8, channels=4, patch=2, width=48, depth=2, heads=HEADS, num_classes=10,
              learn_sigma=True, positions="learned")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 
 from input_pipeline import sources
 from methods import supervised
@@ -15,19 +16,9 @@ from models import resnet, vit
 from models.batch_norm import BatchNorm
 from trainer import recipe, sharding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = dict(variant="18", image_size=16, channels=3, num_classes=5, depths=(1, 2), widths=(4, 6))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def normal(*shape, seed=1):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def random_variables(model, *args, **kwargs):

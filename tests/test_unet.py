@@ -7,31 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal, random_params
 
 from models import unet
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TINY = dict(image_size=(8, 12), channels=3, width=8, multipliers=(1, 3), blocks=1,
             attention_at=(4,))
 TIMES, LABELS = np.array([3.5, 41.0], np.float32), np.array([4, 5])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling is nearly all of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def normal(*shape, seed=1):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def random_params(module, *args):
-  """Every parameter random, so that no initial zero or one hides a mistake."""
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
-  return jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
 
 
 def count(model, size, channels):
@@ -124,7 +108,7 @@ def np_unet(x, t, label, p):
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_residual_block(features, scale_shift):
   block, x, c = unet.ResidualBlock(features, scale_shift), normal(2, 4, 6, 8), normal(2, 16)
-  params = random_params(block, x, c)
+  params = random_params(0.2, block, x, c)
   assert ("shortcut" in params) == (features != 8)
   expected = [np_residual(*example, jax.tree.map(np.float64, params))
               for example in zip(np.float64(x), np.float64(c))]
@@ -136,7 +120,7 @@ def test_residual_block(features, scale_shift):
   {}, {"scale_shift": True, "num_classes": 5, "head_width": 6, "learn_sigma": True}])
 def test_unet(fields):
   model, x = unet.make(**{**TINY, **fields}), normal(2, 8, 12, 3)
-  params = random_params(model, x, TIMES, LABELS)
+  params = random_params(0.2, model, x, TIMES, LABELS)
   y = jax.jit(lambda p: model.apply({"params": p}, x, TIMES, LABELS))(params)
   chex.assert_shape(y, (2, 8, 12, 6 if model.learn_sigma else 3))
   p = jax.tree.map(np.float64, params)
@@ -169,7 +153,7 @@ def test_a_new_model_says_zero_and_its_blocks_are_their_shortcuts():
 def test_labels_and_null():
   model = unet.make(**TINY, num_classes=2)
   x, t = np.repeat(normal(1, 8, 12, 3), 4, axis=0), np.full(4, 10.0, np.float32)
-  params = random_params(model, x, t)
+  params = random_params(0.2, model, x, t)
   run = jax.jit(lambda label: model.apply({"params": params}, x, t, label))
   y = np.asarray(run(np.arange(4)))  # two classes, null, and one that has no row
   assert all(np.abs(y[i] - y[j]).max() > 0.01 for i in range(3) for j in range(i))
@@ -180,7 +164,7 @@ def test_labels_and_null():
 def test_dropout_acts_in_training_alone():
   x, c = np.zeros((1, 64, 64, 8), np.float32), np.zeros((1, 4), np.float32)
   block = unet.ResidualBlock(8, dropout=0.25)
-  params = jax.tree.map(np.zeros_like, random_params(block, x, c))
+  params = jax.tree.map(np.zeros_like, random_params(0.2, block, x, c))
   params["norm_2"]["bias"] += 1
   params["conv_2"]["kernel"][1, 1] = np.eye(8)
   level = 1 / (1 + np.exp(-1))
@@ -195,7 +179,7 @@ def test_dropout_acts_in_training_alone():
 
 def test_compute_type_is_not_the_parameters():
   model, x = unet.make(**TINY, num_classes=5, scale_shift=True), normal(2, 8, 12, 3)
-  params, half = random_params(model, x, TIMES), model.clone(dtype=jnp.bfloat16)
+  params, half = random_params(0.2, model, x, TIMES), model.clone(dtype=jnp.bfloat16)
   variables = jax.eval_shape(half.init, jax.random.key(0), x, TIMES)
   assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
   y, expected = (jax.jit(lambda p, m=m: m.apply({"params": p}, x, TIMES, LABELS))(params)
