@@ -36,9 +36,10 @@ def adapt(params: dict, there, here) -> tuple[dict, dict[str, str]]:
 
   kernel = "embed/projection/kernel" if isinstance(there, vit.ViT) else "stem/kernel"
   if kernel in params and there.channels != here.channels:
-    split = _patch_kernel(params[kernel], there) if params[kernel].ndim == 2 else params[kernel]
-    new = channels(split, here.channels)
-    change(kernel, new.reshape(-1, new.shape[-1]) if params[kernel].ndim == 2 else new,
+    old = np.asarray(params[kernel])  # a patch's is flat: [p * p * c, d]
+    new = channels(old.reshape(-1, there.channels, old.shape[-1]), here.channels)
+    shape = (-1,) if old.ndim == 2 else (*old.shape[:2], here.channels)
+    change(kernel, new.reshape(*shape, old.shape[-1]),
            f"from {there.channels} to {here.channels} channels")
   if not (isinstance(there, vit.ViT) and isinstance(here, vit.ViT)):
     return params, notes
@@ -60,10 +61,6 @@ def adapt(params: dict, there, here) -> tuple[dict, dict[str, str]]:
         params["position/table"], there.grid, here.grid, here.resample)),
         f"grid from {there.grid[0]}x{there.grid[1]} to {here.grid[0]}x{here.grid[1]}")
   return params, notes
-
-
-def _patch_kernel(kernel, network):
-  return rearrange(np.asarray(kernel), "(p q c) d -> p q c d", p=network.patch, c=network.channels)
 
 
 def channels(kernel, count: int):

@@ -48,8 +48,8 @@ def stop_frozen(section: Mapping) -> Callable:
 def by_depth(params, decay: float, tuned: int | None):
   """Multipliers of the rate, one a parameter; of stacked blocks an array [depth].
 
-  `decay` to the power of how many layers are above, as BEiT has it (2106.08254 appendix; the MAE
-  paper's table 9): 0 for what follows the blocks, depth + 1 for what is before them. 0 for what
+  `decay` to the power of how many layers are above, as BEiT has it (2106.08254 appendix;
+  2111.06377 table 9): 0 for what follows the blocks, depth + 1 for what is before them. 0 for what
   is before the last `tuned` blocks (None: all are tuned), as in 2111.06377 figure 9.
 
   Raises ValueError where there are no stacked blocks, stacks of several depths, or fewer blocks.
