@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import vit
-from models.transformer import REMAT, Attention, Mlp, layer_norm, split_by_example
+from models import kernels, vit
+from models.transformer import REMAT, Attention, Mlp, split_by_example
 
 
 class Size(NamedTuple):
@@ -109,7 +109,7 @@ def axial_rope(grid: tuple[int, int], head_dim: int):
 def modulated_norm(x, shift, scale):
   """LayerNorm of x [b, n, d] whose scale and shift [b, 1, d] are the example's own."""
   ones = jnp.ones(x.shape[-1])
-  return layer_norm(x, ones, jnp.zeros_like(ones), 1e-6) * (1 + scale) + shift
+  return kernels.layer_norm(x, ones, jnp.zeros_like(ones), 1e-6) * (1 + scale) + shift
 
 
 class Block(nn.Module):

@@ -13,38 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x, scale, bias, epsilon: float):
-  """(x - mean) / sqrt(var + epsilon) * scale + bias over the last axis (1607.06450 eq. 3).
-
-  The variance is of centred values (the fast form loses half its digits in float32). The gradient
-  is by hand: XLA's own makes several more passes over x, which is a tenth of a step on a CPU.
-  """
-  return _layer_norm_forward(x, scale, bias, epsilon)[0]
-
-
-def _layer_norm_forward(x, scale, bias, epsilon):
-  last = (1,) * (x.ndim - 1) + (-1,)
-  x32 = x.astype(jnp.float32)
-  mean = x32.mean(-1, keepdims=True)
-  centred = x32 - mean
-  rstd = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-  y = centred * rstd * scale.reshape(last) + bias.reshape(last)
-  return y.astype(x.dtype), (x, mean, rstd, scale)
-
-
-def _layer_norm_backward(epsilon, residuals, g):
-  x, mean, rstd, scale = residuals
-  last, others = (1,) * (x.ndim - 1) + (-1,), tuple(range(x.ndim - 1))
-  normal, g = (x.astype(jnp.float32) - mean) * rstd, g.astype(jnp.float32)
-  inner = g * scale.reshape(last)
-  projected = (inner * normal).mean(-1, keepdims=True)
-  dx = (inner - inner.mean(-1, keepdims=True) - normal * projected) * rstd
-  return dx.astype(x.dtype), (g * normal).sum(others), g.sum(others)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+from models import kernels
 
 
 class LayerNorm(nn.Module):
@@ -57,7 +26,7 @@ class LayerNorm(nn.Module):
   def __call__(self, x):
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
+    return kernels.layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
 
 
 NORMS: Mapping[str, Callable[..., nn.Module]] = {
@@ -66,7 +35,7 @@ NORMS: Mapping[str, Callable[..., nn.Module]] = {
 }
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-  "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),  # 1606.08415; erfc is slower
+  "gelu": kernels.gelu,
   "gelu_tanh": functools.partial(nn.gelu, approximate=True),
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
   "relu": nn.relu,
@@ -75,7 +44,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 ATTENTION: Mapping[str, Callable[..., jax.Array]] = {
   # (query [b, q, k, d], key [b, n, k, d], value [b, n, k, d], mask=...) -> [b, q, k, d]
-  "auto": jax.nn.dot_product_attention,
+  "auto": kernels.attention,
   "xla": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
   "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
 }

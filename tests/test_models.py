@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from arrays import normal, random_params
 
-from models import mae, positions, transformer, vit
+from models import kernels, mae, positions, transformer, vit
 from trainer.state import count_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -203,7 +203,7 @@ def test_layer_norm_and_its_gradient(offset):
     normal = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-3)
     return normal * scale.reshape(1, 1, -1) + bias.reshape(1, 1, -1)
 
-  y, vjp = jax.vjp(lambda *args: transformer.layer_norm(*args, 1e-3), x, scale, bias)
+  y, vjp = jax.vjp(lambda *args: kernels.layer_norm(*args, 1e-3), x, scale, bias)
   expected = np_norm(np.float64(x), {"scale": scale, "bias": bias}, 1e-3)
   np.testing.assert_allclose(y, expected, atol=1e-6 + 1e-6 * offset, rtol=1e-6)
   chex.assert_trees_all_close(vjp(g), jax.vjp(plain, x, scale, bias)[1](g),
@@ -212,7 +212,7 @@ def test_layer_norm_and_its_gradient(offset):
 
 def test_layer_norm_of_bfloat16():
   x, scale, bias = jnp.asarray(normal(4, 64) + 8, jnp.bfloat16), normal(64), normal(64, seed=2)
-  y, vjp = jax.vjp(lambda *args: transformer.layer_norm(*args, 1e-6), x, scale, bias)
+  y, vjp = jax.vjp(lambda *args: kernels.layer_norm(*args, 1e-6), x, scale, bias)
   chex.assert_type((y, *vjp(y)), (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32))
   expected = np_norm(np.asarray(x, np.float64), {"scale": scale, "bias": bias})
   np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5)
