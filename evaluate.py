@@ -114,5 +114,5 @@ def print_images(rows: list[dict]):
 
 
 if __name__ == "__main__":
-  environment.use_huge_pages()
+  environment.keep_memory()
   sys.exit(main())

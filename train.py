@@ -63,5 +63,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  environment.use_huge_pages()
+  environment.keep_memory()
   sys.exit(main())

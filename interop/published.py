@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from einops import EinopsError
 
-from interop import clip, dit, formats, layout, mae, moco, resnet, vit
+from interop import bert, clip, dit, formats, layout, mae, moco, resnet, vit
 from interop.formats import Format
 from models import positions
 from models.vit import ViT
 
-FORMATS: dict[str, Format] = {form.name: form for family in (moco, mae, clip, dit, resnet, vit)
-                              for form in family.FORMATS}
+FAMILIES = (moco, mae, clip, bert, dit, resnet, vit)
+FORMATS: dict[str, Format] = {form.name: form for family in FAMILIES for form in family.FORMATS}
 READABLE = [form for form in FORMATS.values() if form.describe]
 
 
@@ -92,10 +92,17 @@ def take(form: Format, model: Mapping, tensors: Mapping, expected: Mapping) -> d
           for path, x in found.items() if path in expected}
 
 
+# What every format has, of each network in it, unless its own limits say something else.
+LIMITS = {prefix + field: allowed for prefix in ("", "text_") for field, allowed in {
+  "placement": ("pre",), "window": (0,), "patch_stem": ("patches",),
+  "positions": positions.ABSOLUTE}.items()}
+
+
 def misfit(form: Format, model: Mapping) -> str:
   """Why a format cannot say what this network is, or ""."""
-  for field, allowed in form.limits.items():
-    value = model[field] if model.get(field) is not None else getattr(ViT, field, False)
+  for field, allowed in {**LIMITS, **form.limits}.items():
+    default = getattr(ViT, field.removeprefix("text_"), False)
+    value = model[field] if model.get(field) is not None else default
     if value not in allowed:
       return (f"config.model.{field} = {value!r}: {form.name} has "
               f"{' or '.join(map(repr, allowed))}")

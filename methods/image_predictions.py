@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from models.positions import ABSOLUTE
 from models.vit import ViT
 
 
@@ -35,6 +36,6 @@ def image_predictions(network, encode: Callable, own: Callable = lambda params: 
   if isinstance(network, ViT):
     predict.update(attention=part("weights", return_weights=True),
                    attention_layers=attention_layers)
-    if network.positions != "none":
+    if network.positions in ABSOLUTE[1:]:  # added to tokens
       predict["positions"] = lambda params, extra, batch, rng: network.position_table(own(params))
   return predict

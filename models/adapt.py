@@ -1,4 +1,4 @@
-"""A trained image network's parameters made to fit images of another size or number of channels."""
+"""A trained network for another run: what it was made with, parameters that fit other images."""
 
 import dataclasses
 
@@ -23,6 +23,14 @@ def fields(network) -> dict:
   return {"name": module.__name__.rpartition(".")[2], **values}
 
 
+def text_fields(network) -> dict:
+  """What a text network was made with beside its defaults, without what its tokenizer says."""
+  of_tokenizer = ("vocab_size", "context", "eos_id", "pad_id")
+  return {f.name: getattr(network, f.name) for f in dataclasses.fields(network)
+          if f.name not in ("parent", "name", "dtype", *of_tokenizer)
+          and getattr(network, f.name) != f.default}
+
+
 def adapt(params: dict, there, here) -> tuple[dict, dict[str, str]]:
   """Parameters {path: array} of the network `there` for `here`, and {path: what was done to it}.
 
@@ -35,6 +43,8 @@ def adapt(params: dict, there, here) -> tuple[dict, dict[str, str]]:
     notes[path] = note
 
   kernel = "embed/projection/kernel" if isinstance(there, vit.ViT) else "stem/kernel"
+  if getattr(there, "patch_stem", "patches") != "patches":
+    kernel = None  # what is embedded are features
   if kernel in params and there.channels != here.channels:
     old = np.asarray(params[kernel])  # a patch's is flat: [p * p * c, d]
     new = channels(old.reshape(-1, there.channels, old.shape[-1]), here.channels)
@@ -44,6 +54,11 @@ def adapt(params: dict, there, here) -> tuple[dict, dict[str, str]]:
   if not (isinstance(there, vit.ViT) and isinstance(here, vit.ViT)):
     return params, notes
 
+  biases = "transformer/relative_bias"
+  if biases in params and there.grid != here.grid:
+    extents = [tuple(2 * side - 1 for side in network.grid) for network in (there, here)]
+    change(biases, np.asarray(positions.resample(params[biases], *extents, here.resample)),
+           f"grid from {there.grid[0]}x{there.grid[1]} to {here.grid[0]}x{here.grid[1]}")
   if kernel in params and there.patch != here.patch:
     split = rearrange(np.asarray(params[kernel]), "(p q c) d -> p q c d", p=there.patch,
                       c=here.channels)

@@ -85,10 +85,10 @@ _TEXT = {f"text_{f.name}": f.type for f in dataclasses.fields(text.TextTower)
 _OWN = {f.name: f.type for f in dataclasses.fields(CLIP)
         if f.name not in ("parent", "name", "dtype", "image", "text")}
 FIELDS = {**backbones.FIELDS, **_OWN, **_TEXT}
-IMAGE_NETWORK = "image"  # the part that other runs start from
+IMAGE_NETWORK = "image"  # the parts that other runs start from
+TEXT_NETWORK = "text"
 CHOICES = {**backbones.CHOICES,
-           **{f"text_{name}": allowed for name, allowed in vit.CHOICES.items()},
-           "text_pool": text.POOLS}
+           **{f"text_{name}": allowed for name, allowed in text.CHOICES.items()}}
 
 
 def make(*, variant: str | int = "", backbone: str = "vit", image_size, channels: int,

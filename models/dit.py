@@ -6,12 +6,13 @@ import functools
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import kernels, vit
-from models.transformer import REMAT, Attention, Mlp, split_by_example
+from models import kernels, positions, vit
+from models.attention import Attention
+from models.layers import Mlp
+from models.transformer import init_blocks, run_blocks, split_by_example
 
 
 class Size(NamedTuple):
@@ -28,25 +29,11 @@ SIZES = {  # 2212.09748 table 1
 }
 
 
-class SwiGLU(nn.Module):
-  """Two dense layers, the first of them gated (2002.05202 eq. 6, FFN_SwiGLU, with biases)."""
-
-  hidden: int  # features
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x):
-    dense = functools.partial(nn.DenseGeneral, dtype=self.dtype,
-                              kernel_init=nn.initializers.xavier_uniform())
-    gate, up = jnp.moveaxis(dense((2, self.hidden), name="up")(x), -2, 0)    # ... hidden
-    return dense(x.shape[-1], name="down")(nn.silu(gate) * up)
-
-
-MLPS = {"gelu": functools.partial(Mlp, activation="gelu_tanh"), "swiglu": SwiGLU}
+MLPS = {"gelu": "gelu_tanh", "swiglu": "swiglu"}  # keys of layers.ACTIVATIONS
 
 # Fields whose value is a name, and the names: checked before anything is built.
-CHOICES = {"mlp": MLPS, **{name: vit.CHOICES[name] for name in (
-  "positions", "attention", "remat", "dtype")}}
+CHOICES = {"mlp": MLPS, "positions": positions.ABSOLUTE,
+           **{name: vit.CHOICES[name] for name in ("attention", "remat", "dtype")}}
 
 
 # --- Time and label -------------------------------------------------------------------------------
@@ -90,22 +77,6 @@ class Condition(nn.Module):
 
 # --- Blocks ---------------------------------------------------------------------------------------
 
-def axial_rope(grid: tuple[int, int], head_dim: int):
-  """2-D rotary positions (2403.13298 sec. 3.2): a function on queries or keys [b, n, k, head_dim].
-
-  Features i and i + head_dim / 2 turn together, the first half of these pairs by the row, the other
-  by the column, at frequencies from 1 to 1/100.
-  """
-  frequencies = 100 ** -(np.arange(head_dim // 4) / (head_dim // 4))
-  angles = np.concatenate([place.reshape(-1, 1) * frequencies for place in np.indices(grid)], 1)
-  cos, sin = (f(angles).astype(np.float32)[None, :, None] for f in (np.cos, np.sin))  # 1 n 1 d/2
-
-  def rotate(x):
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
-  return rotate
-
-
 def modulated_norm(x, shift, scale):
   """LayerNorm of x [b, n, d] whose scale and shift [b, 1, d] are the example's own."""
   ones = jnp.ones(x.shape[-1])
@@ -131,7 +102,7 @@ class Block(nn.Module):
     attention = Attention(self.heads, self.qk_norm, fused_init=True, attention=self.attention,
                           dtype=self.dtype, name="attention")
     x = x + gate_1 * attention(modulated_norm(x, shift_1, scale_1), rotate=rotate)
-    mlp = MLPS[self.mlp](self.mlp_dim, dtype=self.dtype, name="mlp")
+    mlp = Mlp(self.mlp_dim, MLPS[self.mlp], dtype=self.dtype, name="mlp")
     return x + gate_2 * mlp(modulated_norm(x, shift_2, scale_2))
 
 
@@ -162,7 +133,7 @@ class DiT(nn.Module):
   heads: int
   num_classes: int = 0  # 0: unconditional, any label is ignored
   learn_sigma: bool = False  # twice the channels out: [prediction | variance] (2102.09672)
-  positions: str = "sincos2d"  # one of positions.KINDS
+  positions: str = "sincos2d"  # one of positions.ABSOLUTE
   rope: bool = False  # rotary positions too
   mlp: str = "gelu"  # a key of MLPS
   qk_norm: bool = False
@@ -190,27 +161,18 @@ class DiT(nn.Module):
     table = vit.Positions(self.positions, self.grid, self.width, name="position")(grid)
     if table is not None:
       x = x + table[None].astype(self.dtype)
-    rotate = axial_rope(grid, self.width // self.heads) if self.rope else None
+    rotate = positions.rope(grid, self.width // self.heads) if self.rope else None
     block = Block(self.heads, self.mlp_dim, self.mlp, self.qk_norm, self.attention, self.dtype,
                   parent=None)
 
-    def init(rng):
-      example = jnp.zeros((1, *x.shape[1:]), self.dtype), jnp.zeros((1, self.width), self.dtype)
-      return jax.vmap(lambda key: block.init(key, *example)["params"])(
-        jax.random.split(rng, self.depth))
-
-    params = self.param("blocks", init)                                      # leaves: depth ...
+    params = self.param("blocks", init_blocks, block, self.depth,            # leaves: depth ...
+                        jnp.zeros((1, *x.shape[1:]), self.dtype),
+                        jnp.zeros((1, self.width), self.dtype))
 
     def step(x, layer):
       return block.apply({"params": layer}, split_by_example(x), c, rotate), None
 
-    if self.remat != "none":
-      step = jax.checkpoint(step, policy=REMAT[self.remat])
-    if self.scan:
-      x, _ = jax.lax.scan(step, x, params)
-    else:
-      for i in range(self.depth):
-        x, _ = step(x, jax.tree.map(lambda a, i=i: a[i], params))
+    x, _ = run_blocks(step, x, params, scan=self.scan, remat=self.remat)
     outputs = self.patch**2 * self.channels * (2 if self.learn_sigma else 1)
     x = Final(outputs, self.dtype, name="final")(split_by_example(x), c)     # b n p*p*c
     return vit.unpatchify(x, self.patch, grid)
@@ -236,19 +198,18 @@ def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, 
          **fields) -> DiT:
   """A DiT by `variant` ("XL/2") and any field of `DiT`, which goes before the variant's.
 
-  `mlp_dim` is 4 x width unless given; with "swiglu" 8/3 x width, in eights, as its gate has as many
-  parameters again. Raises ValueError on an unknown variant or sizes that do not fit together.
+  `mlp_dim` is 4 x width unless given. Raises ValueError on an unknown variant or sizes that do not
+  fit together.
   """
   fields = {**(parse_variant(variant) if variant else {}), **fields}
   missing = [name for name in ("patch", *Size._fields) if name not in fields]
   if missing:
     raise ValueError(f"model: give variant (such as 'XL/2') or all of {', '.join(missing)}")
   width, heads = fields["width"], fields["heads"]
-  fields.setdefault("mlp_dim", 8 * round(width / 3) if fields.get("mlp") == "swiglu" else 4 * width)
+  fields.setdefault("mlp_dim", 4 * width)
   image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
   vit.check(image_size, fields["patch"], width, heads)
-  if fields.get("rope") and width // heads % 4:
-    raise ValueError(f"model.rope needs heads of a multiple of 4 features; model.width = {width} "
-                     f"over model.heads = {heads} is {width // heads}")
+  if fields.get("rope"):
+    positions.check("rope", width // heads, axes=2, field="rope")
   return DiT(image_size=image_size, channels=channels, num_classes=num_classes,
              dtype=jnp.dtype(dtype), **fields)

@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import vit
-from models.transformer import Transformer
+from models import layers, vit
+from models.positions import check as check_positions
+from models.transformer import Style, Transformer, choices
 
 IMAGE_NETWORK = "encoder"  # the part that other runs start from
-CHOICES = {**vit.CHOICES, "pool": ("mean", "cls")}
+CHOICES = {**vit.CHOICES, "pool": ("mean", "cls"), "patch_stem": ("patches",)}
 FIELDS = {**vit.FIELDS, "variant": str, "image_size": object, "channels": int, "dtype": str}
 del FIELDS["pool_before_norm"]
 
@@ -88,31 +89,31 @@ class Decoder(nn.Module):
   depth: int
   heads: int
   prefix: int  # tokens before the patches
-  positions: str  # one of positions.KINDS
   resample: str
-  stack: Mapping  # what the Transformer shares with the encoder's
+  stack: Mapping  # what the Transformer shares with the encoder's: a Style
 
   @nn.compact
   def __call__(self, tokens, restore, grid, *, train: bool = False):
     """tokens [b, prefix + m, d], ids_restore [b, n] -> pred [b, n, outputs]."""
-    dtype = self.stack["dtype"]
+    dtype, positions = self.stack["dtype"], self.stack["positions"]
     dense = dict(kernel_init=nn.initializers.xavier_uniform(), dtype=dtype)
-    x = nn.Dense(self.width, name="embed", **dense)(tokens)                  # b prefix+m d
+    x = layers.Dense(self.width, name="embed", **dense)(tokens)                  # b prefix+m d
     (b, _, d), n = x.shape, restore.shape[1]
     mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, d)).astype(dtype)
     prefix, visible = x[:, :self.prefix], x[:, self.prefix:]
     filler = jnp.broadcast_to(mask_token, (b, n - visible.shape[1], d))
     x = jnp.concatenate([visible, filler], axis=1)                           # b n d, shuffled
     x = jnp.take_along_axis(x, restore[:, :, None], axis=1)                  # b n d, image order
-    table = vit.Positions(self.positions, self.grid, d, self.resample, name="position")(grid)
+    table = vit.Positions(positions, self.grid, d, self.resample, name="position")(grid)
     if table is not None:
       x = x + table[None].astype(dtype)
-    if self.positions == "learned" and self.prefix:
+    if positions == "learned" and self.prefix:
       prefix = prefix + self.param("prefix_position", nn.initializers.normal(0.02),
                                    (1, self.prefix, d)).astype(dtype)
     x = jnp.concatenate([prefix, x], axis=1)                                 # b prefix+n d
-    x = Transformer(self.depth, self.heads, 4 * d, name="transformer", **self.stack)(x, train=train)
-    return nn.Dense(self.outputs, name="prediction", **dense)(x[:, self.prefix:])
+    x = Transformer(self.depth, self.heads, 4 * d, grid=self.grid, name="transformer",
+                    **self.stack)(x, grid=grid, train=train)
+    return layers.Dense(self.outputs, name="prediction", **dense)(x[:, self.prefix:])
 
 
 class MAE(nn.Module):
@@ -141,13 +142,16 @@ def make(*, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int
   `pool` says which tokens the features are made of after training: "mean" (patches) or "cls".
   Raises ValueError as `vit.make`, and where decoder_heads does not divide decoder_width.
   """
+  if fields.get("patch_stem", "patches") != "patches":
+    raise ValueError(f"model.patch_stem = {fields['patch_stem']!r}: an MAE removes patches, so it "
+                     "takes 'patches' alone")
   encoder = vit.make(positions=positions, pool=pool, class_token=class_token,
                      fused_init=fused_init, **fields)
   vit.check(encoder.image_size, encoder.patch, decoder_width, decoder_heads, prefix="decoder_")
-  shared = ("activation", "norm", "norm_eps", "attention", "qk_norm", "fused_init", "scan",
-            "remat", "dtype")
-  stack = {name: getattr(encoder, name) for name in shared}
+  check_positions(positions, decoder_width // decoder_heads, axes=2,
+                  field="positions = 'rope' (decoder)")
+  # Noise and scales that an encoder learns better by are not the decoder's.
+  stack = {**choices(encoder, Style), "layer_scale": 0.0, "dropout": 0.0, "drop_path": 0.0}
   decoder = Decoder(encoder.grid, encoder.patch**2 * encoder.channels, decoder_width,
-                    decoder_depth, decoder_heads, encoder.prefix, positions, encoder.resample,
-                    stack)
+                    decoder_depth, decoder_heads, encoder.prefix, encoder.resample, stack)
   return MAE(encoder, decoder)

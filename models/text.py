@@ -1,16 +1,23 @@
 """Text Transformer: token and position embeddings, a Transformer, pooling (2103.00020 sec. 2.4)."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from models.transformer import Transformer
-from models.vit import AttentionPool
+from models import masks, positions, vit
+from models.transformer import Style, Transformer, choices
 
 # Features are the token at the first `eos_id`, at the largest id (OpenAI's code: their end-of-text
 # token has it), the last token (SigLIP), or attention pooling.
 POOLS = ("eos", "argmax", "last", "map")
+
+# Fields whose value is a name, and the names: checked before anything is built.
+CHOICES = {**vit.CHOICES, "pool": POOLS,
+           "positions": ("none", "learned", "sinusoidal", *positions.RELATIVE)}
+del CHOICES["patch_stem"], CHOICES["resample"]
 
 
 def clip_kernels(rng, blocks):
@@ -25,7 +32,7 @@ def clip_kernels(rng, blocks):
   return unflatten_dict(blocks, sep="/")
 
 
-class TextTower(nn.Module):
+class TextTower(Style):
   """`__call__` gives (pooled features, named intermediates), as `models.vit.ViT`."""
 
   vocab_size: int
@@ -40,43 +47,51 @@ class TextTower(nn.Module):
   causal: bool = True  # a token sees those before it (CLIP), else all (SigLIP)
   mask_padding: bool = False  # hides padding from attention; published towers do not
   clip_init: bool = True  # kernels start as in CLIP, else as the Transformer's own
-  activation: str = "gelu"
-  norm: str = "layernorm"
-  norm_eps: float = 1e-6
-  attention: str = "auto"
-  dropout: float = 0.0  # rate, [0, 1)
-  scan: bool = False
-  remat: str = "none"
-  dtype: jnp.dtype = jnp.float32
+  trained: int = 0  # as in `models.transformer.Transformer`
+  embed_norm: bool = False  # norm, and dropout, of what is embedded (BERT)
+  segments: int = 0  # kinds of segments that are told apart by an embedding (BERT: 2); 0: none
+  positions: str = dataclasses.field(default="learned", kw_only=True)  # one of CHOICES
 
   @nn.compact
-  def __call__(self, ids, *, train: bool = False):
+  def __call__(self, ids, segments=None, mask=None, *, train: bool = False):
     """ids int [b, l] -> ([b, d], {tokens [b, l, d], features [b, d]}).
 
-    A text without `eos_id` is pooled at its first token, as Hugging Face's CLIP does. Raises
-    ValueError on texts longer than the context.
+    `segments` int [b, l] says which segment each token is of, None: all of the first. `mask` is
+    bool, broadcastable to [b, k, l, l], True = attend, beside `causal` and `mask_padding`. A text
+    without `eos_id` is pooled at its first token, as Hugging Face's CLIP does. Raises ValueError on
+    texts longer than the context.
     """
+    if self.positions not in CHOICES["positions"]:
+      raise ValueError(f"model.text_positions = {self.positions!r}: expected one of "
+                       + ", ".join(CHOICES["positions"]))
     length = ids.shape[1]
     if length > self.context:
       raise ValueError(f"texts of {length} tokens: model.context is {self.context}")
     x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02),
                  dtype=self.dtype, name="embed")(ids)                        # b l d
-    table = self.param("position", nn.initializers.normal(0.01), (self.context, self.width))
-    x = x + table[None, :length].astype(self.dtype)
+    if self.positions == "learned":
+      table = self.param("position", nn.initializers.normal(0.01), (self.context, self.width))
+      x = x + table[None, :length].astype(self.dtype)
+    elif self.positions in positions.FIXED:
+      table = positions.FIXED[self.positions]((length,), self.width)
+      x = x + table[None].astype(self.dtype)
+    if self.segments:
+      table = self.param("segment", nn.initializers.normal(0.02), (self.segments, self.width))
+      x = x + jnp.take(table, jnp.zeros_like(ids) if segments is None else segments,
+                       axis=0).astype(self.dtype)                            # b l d
+    if self.embed_norm:
+      x = nn.Dropout(self.dropout)(self.make_norm("embed_norm")(x), deterministic=not train)
     place = jnp.arange(length)[None]                                         # 1 l
     end = (ids if self.pool == "argmax" else ids == self.eos_id).argmax(1)[:, None]  # b 1
-    before = padding = None
-    if self.causal:
-      before = (place.T >= place)[None, None]                                # 1 1 l l
+    padding = None
     if self.mask_padding:  # up to the end all is text: padding may have the end's id
-      padding = ((ids != self.pad_id) | (place <= end))[:, None, None]       # b 1 1 l
-    x = Transformer(
-      self.depth, self.heads, self.mlp_dim, self.activation, self.norm, self.norm_eps,
-      self.attention, dropout=self.dropout, scan=self.scan, remat=self.remat, dtype=self.dtype,
-      redraw=clip_kernels if self.clip_init else None, name="transformer")(
-        x, nn.combine_masks(before, padding, dtype=bool), train=train)
+      padding = masks.padding((ids != self.pad_id) | (place <= end))         # b 1 1 l
+    x = Transformer(self.depth, self.heads, self.mlp_dim, causal=self.causal, grid=(self.context,),
+                    trained=self.trained, redraw=clip_kernels if self.clip_init else None,
+                    **choices(self, Style), name="transformer")(
+                      x, nn.combine_masks(padding, mask, dtype=bool), train=train)
     if self.pool == "map":
-      features = AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm_eps,
+      features = vit.AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm_eps,
                                self.dtype, name="map_pool")(x, padding)
     elif self.pool == "last":
       features = x[:, -1]

@@ -1,11 +1,12 @@
-"""The Transformer encoder stack that every method here is built on.
+"""The Transformer that every method here is built on: an encoder, or a decoder with a cache.
 
-Each choice (norm, activation, attention, rematerialisation) is a row in a small table. The blocks'
-parameters are stacked on a leading layer axis whether the stack is scanned or unrolled, so that
-checkpoints, sharding rules and weight converters know one layout.
+Each choice is a row in a small table, here or in `models/{blocks,layers,attention,positions}.py`.
+The blocks' parameters are stacked on a leading layer axis whether the stack is scanned or unrolled,
+so that checkpoints, sharding rules and weight converters know one layout.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
@@ -13,41 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from models import kernels
-
-
-class LayerNorm(nn.Module):
-  """`layer_norm` with learned scale and bias; statistics in float32."""
-
-  epsilon: float = 1e-6
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return kernels.layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
-
-
-NORMS: Mapping[str, Callable[..., nn.Module]] = {
-  "layernorm": LayerNorm,
-  "rmsnorm": functools.partial(nn.RMSNorm, use_fast_variance=False),
-}
-
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-  "gelu": kernels.gelu,
-  "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-  "relu": nn.relu,
-  "silu": nn.silu,
-}
-
-ATTENTION: Mapping[str, Callable[..., jax.Array]] = {
-  # (query [b, q, k, d], key [b, n, k, d], value [b, n, k, d], mask=...) -> [b, q, k, d]
-  "auto": kernels.attention,
-  "xla": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
-  "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
-}
+from models import kernels, masks, positions
+from models.attention import Attention
+from models.blocks import PLACEMENTS, Block, BlockStyle, Context, choices, deepnorm, scaled
 
 REMAT: Mapping[str, Callable | None] = {
   # What a block keeps for its backward pass; the rest is computed again.
@@ -56,6 +25,8 @@ REMAT: Mapping[str, Callable | None] = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+
+# --- A stack of any blocks ------------------------------------------------------------------------
 
 def split_by_example(x):
   """Keeps activations split by example over a mesh, if one is set: [b, ...] -> the same.
@@ -67,193 +38,180 @@ def split_by_example(x):
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
-class Attention(nn.Module):
-  """Multi-head attention (1706.03762 sec. 3.2), one fused query-key-value kernel [d, 3, k, d/k].
+def init_blocks(rng, block: nn.Module, depth: int, *example):
+  """Initial parameters of `depth` blocks, with a leading layer axis."""
+  return jax.vmap(lambda key: block.init(key, *example)["params"])(jax.random.split(rng, depth))
 
-  Self-attention when `memory` is None. Softmax in float32.
+
+def run_blocks(step, x, layers, *, scan: bool, remat: str):
+  """x, y = step(x, layer) for each of `layers`' leading axis: (x, every y, stacked).
+
+  `scan` compiles one block and loops over it (compile time and memory of one layer, and the
+  parameters of one layer at a time gathered under FSDP), else unrolls (faster steps).
   """
-
-  heads: int  # divides the width
-  qk_norm: bool = False  # 2302.05442 eq. 1: norm of queries and keys over a head's features
-  fused_init: bool = False  # Xavier fans of the fused [d, 3d] matrix (MAE), else of three [d, d]
-  attention: str = "auto"  # a key of ATTENTION
-  norm: str = "layernorm"
-  norm_eps: float = 1e-6
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x, memory=None, mask=None, *, rotate=None, return_weights: bool = False):
-    """x [b, q, d], memory [b, n, d], mask broadcastable to [b, k, q, n], True = attend.
-
-    `rotate` (rotary positions) is applied to queries [b, q, k, d] and keys [b, n, k, d].
-    Returns [b, q, d], and with `return_weights` the attention weights [b, k, q, n] too.
-    """
-    width, head_dim = x.shape[-1], x.shape[-1] // self.heads
-    fan = dict(in_axis=0, out_axis=(1, 2, 3)) if self.fused_init else dict(
-      in_axis=0, out_axis=(2, 3), batch_axis=(1,))
-    kernel = self.param("qkv_kernel", nn.initializers.variance_scaling(
-      1.0, "fan_avg", "uniform", **fan), (width, 3, self.heads, head_dim)).astype(self.dtype)
-    bias = self.param("qkv_bias", nn.initializers.zeros, (3, self.heads, head_dim))
-    bias = bias.astype(self.dtype)
-
-    def project(x, kernel, bias):  # one matrix product however many of q, k, v are asked for
-      y = x.reshape(-1, width) @ kernel.reshape(width, -1) + bias.reshape(1, -1)
-      return y.reshape(*x.shape[:2], *bias.shape)              # b n s k d
-
-    if memory is None:
-      query, key, value = jnp.moveaxis(project(x, kernel, bias), 2, 0)
-    else:
-      query = project(x, kernel[:, :1], bias[:1])[:, :, 0]     # b q k d
-      key, value = jnp.moveaxis(project(memory, kernel[:, 1:], bias[1:]), 2, 0)
-    if self.qk_norm:
-      norm = functools.partial(NORMS[self.norm], epsilon=self.norm_eps, dtype=self.dtype)
-      query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
-    if rotate is not None:
-      query, key = rotate(query), rotate(key)
-    mixed = ATTENTION[self.attention](query, key, value, mask=mask)
-    out = nn.DenseGeneral(width, axis=(-2, -1), name="out", dtype=self.dtype,
-                          kernel_init=nn.initializers.xavier_uniform())(mixed)  # b q d
-    if not return_weights:
-      return out
-    logits = jnp.einsum("bqkd,bnkd->bkqn", query, key, preferred_element_type=jnp.float32)
-    logits = logits * head_dim**-0.5
-    if mask is not None:
-      logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    return out, nn.softmax(logits)
+  if remat != "none":
+    step = jax.checkpoint(step, policy=REMAT[remat])
+  if scan:
+    return jax.lax.scan(step, x, layers)
+  each, step = [], jax.jit(step)  # traced once
+  for layer in kernels.unstack(layers):
+    x, y = step(x, layer)
+    each.append(y)
+  return x, jax.tree.map(lambda *y: jnp.stack(y), *each) if each else None
 
 
-class Mlp(nn.Module):
-  """Two dense layers with an activation between them."""
+# --- Transformer ----------------------------------------------------------------------------------
 
-  hidden: int  # features
-  activation: str = "gelu"  # a key of ACTIVATIONS
-  dropout: float = 0.0  # rate, [0, 1)
-  dtype: jnp.dtype = jnp.float32
+class Style(BlockStyle, kw_only=True):
+  """The choices that a stack of blocks is made by."""
 
-  @nn.compact
-  def __call__(self, x, *, train: bool = False):
-    dense = functools.partial(nn.Dense, dtype=self.dtype,
-                              kernel_init=nn.initializers.xavier_uniform())
-    h = ACTIVATIONS[self.activation](dense(self.hidden, name="up")(x))      # ... hidden
-    h = nn.Dropout(self.dropout)(h, deterministic=not train)
-    return dense(x.shape[-1], name="down")(h)
+  drop_path: float = 0.0  # rate at the last block; grows linearly from 0 at the first
+  positions: str = "none"  # one of positions.KINDS; the absolute are added before the stack
+  rope_base: float | None = None  # these two as in `positions.rope`
+  rope_scale: float = 1.0
+  window: int = 0  # places that a token sees to each side, its own included; 0: all
+  scan: bool = False  # as in `run_blocks`
+  remat: str = "none"  # a key of REMAT
 
 
-class Block(nn.Module):
-  """Pre-norm Transformer block (2010.11929 eq. 2 and 3), with layer scale and drop path."""
+class Transformer(Style):
+  """A stack of `depth` blocks and a norm after it.
 
-  heads: int
-  mlp_dim: int
-  activation: str = "gelu"
-  norm: str = "layernorm"
-  norm_eps: float = 1e-6
-  attention: str = "auto"
-  qk_norm: bool = False
-  fused_init: bool = False
-  layer_scale: float = 0.0  # initial value of 2103.17239's scale; 0 = none
-  dropout: float = 0.0  # rate, [0, 1)
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x, drop_path=0.0, mask=None, *, train: bool = False,
-               return_weights: bool = False):
-    """x [b, n, d]; `drop_path` is the rate (1603.09382) at which an example skips a branch."""
-    norm = functools.partial(NORMS[self.norm], epsilon=self.norm_eps, dtype=self.dtype)
-
-    def add(x, branch, name):
-      if self.layer_scale:
-        gamma = self.param(f"{name}_scale", nn.initializers.constant(self.layer_scale),
-                           (x.shape[-1],))
-        branch = branch * gamma.astype(branch.dtype).reshape(1, 1, -1)
-      branch = nn.Dropout(self.dropout)(branch, deterministic=not train)
-      if train and self.has_rng("drop_path"):
-        keep = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_path, (x.shape[0], 1, 1))
-        branch = jnp.where(keep, branch / (1 - drop_path).astype(branch.dtype), 0)
-      return x + branch
-
-    attention = Attention(self.heads, self.qk_norm, self.fused_init, self.attention, self.norm,
-                          self.norm_eps, self.dtype, name="attention")
-    y = attention(norm(name="attention_norm")(x), mask=mask, return_weights=return_weights)
-    y, weights = y if return_weights else (y, None)
-    x = add(x, y, "attention")                                               # b n d
-    y = norm(name="mlp_norm")(x)
-    y = Mlp(self.mlp_dim, self.activation, self.dropout, self.dtype, name="mlp")(y, train=train)
-    x = add(x, y, "mlp")                                                     # b n d
-    return (x, weights) if return_weights else x
-
-
-class Transformer(nn.Module):
-  """A stack of `depth` blocks and, unless `final_norm` is False, a norm after it.
-
-  `scan=True` compiles one block and loops over it (compile time and memory of one layer, and the
-  parameters of one layer at a time gathered under FSDP); False unrolls (faster steps).
+  There is none where `final_norm` is False, or the placement has each block end with one.
   """
 
   depth: int
   heads: int
   mlp_dim: int
-  activation: str = "gelu"
-  norm: str = "layernorm"
-  norm_eps: float = 1e-6
-  attention: str = "auto"
-  qk_norm: bool = False
-  fused_init: bool = False
-  layer_scale: float = 0.0
-  dropout: float = 0.0  # rate, [0, 1)
-  drop_path: float = 0.0  # rate at the last block; grows linearly from 0 at the first
+  causal: bool = False  # a token sees those before it alone
+  cross: bool = False  # blocks attend to a memory too
+  grid: tuple[int, ...] = ()  # (length,) or (h, w): what learned relative positions are made for
+  trained: int = 0  # tokens; rope goes beyond them by `positions.dual_chunk`; 0: as it is
+  decoder_depth: int = 0  # of a decoder that reads this stack: for DeepNorm
   final_norm: bool = True
-  scan: bool = False
-  remat: str = "none"  # a key of REMAT
-  dtype: jnp.dtype = jnp.float32
   redraw: Callable | None = None  # (rng, the blocks' initial parameters) -> others in their place
 
+  @nn.nowrap
+  def relative(self, x, grid, keep, keys, index):
+    """(mask, rotate, bias) of the places of queries x [b, q, d] and of `keys` keys; None: none.
+
+    Tokens before those of a `grid` have no place: all see them, and they see all, with no bias.
+    """
+    heads, head_dim, prefix = self.heads, x.shape[-1] // self.heads, 0
+    if grid is None:  # a text
+      grid = self.grid or (keys,)
+      query_at, key_at = index + jnp.arange(x.shape[1])[None], jnp.arange(keys)[None]  # 1 q, 1 n
+    else:
+      query_at = key_at = keep
+      prefix = x.shape[1] - (math.prod(grid) if keep is None else keep.shape[1])
+    if self.trained and (self.positions != "rope" or not self.causal):
+      raise ValueError(f"model.trained = {self.trained}: longer texts need positions = 'rope' and "
+                       "causal attention")
+    rotate = bias = mask = None
+    if self.positions == "rope":
+      how = dict(base=self.rope_base, scale=self.rope_scale)
+      if self.trained:
+        rotate, bias = positions.dual_chunk(self.trained, head_dim, query_at, key_at, **how)
+      else:
+        rotate = positions.rope(grid, head_dim, at=query_at, prefix=prefix, **how)
+    if not (self.causal or self.window or self.positions in positions.BIASES):
+      return mask, rotate, bias
+    delta = (positions.places(grid, query_at)[:, :, None]
+             - positions.places(grid, key_at)[:, None])                      # b q n axes
+    around = ((0, 0), (0, 0), (prefix, 0), (prefix, 0))
+    if self.positions in positions.BIASES:
+      bias = positions.BIASES[self.positions](self.param, delta, heads=heads, grid=grid,
+                                              made_for=self.grid or grid, causal=self.causal)
+      bias = jnp.pad(jnp.moveaxis(bias, -1, 1), around)                      # b k q n
+    seen = [masks.causal(delta)] if self.causal else []
+    seen += [masks.window(delta, self.window)] if self.window else []
+    if seen:
+      mask = jnp.pad(functools.reduce(jnp.logical_and, seen), around, constant_values=True)
+    return mask, rotate, bias
+
   @nn.compact
-  def __call__(self, x, mask=None, *, train: bool = False, return_weights: bool | str = False):
+  def __call__(self, x, mask=None, *, memory=None, memory_mask=None, grid=None, keep=None,
+               cache=None, index=0, train: bool = False, return_weights: bool | str = False):
     """x [b, n, d] -> [b, n, d]; with `return_weights` also attention weights.
 
-    True: the last block's, [b, k, n, n]. "all": every block's, [b, depth, k, n, n].
+    True: the last block's, [b, k, n, n]. "all": every block's, [b, depth, k, n, n]. With `cross`
+    they are those to the memory.
+
+    Args:
+      x: tokens, embedded.
+      mask: bool, broadcastable to [b, k, n, n], True = attend; beside `causal` and `window`.
+      memory: tokens [b, m, e] to attend to, for `cross`; projected to d where e is another.
+      memory_mask: bool, broadcastable to [b, k, n, m].
+      grid: (h, w) of the last tokens of x, patches; those before have no place. None: a text.
+      keep: int [b, m], which patches of the grid x has; None: all.
+      cache: `init_cache`'s, with all that stands before x; then (x, the cache with x) is returned.
+      index: place of x's first token in the text, with a cache.
     """
-    block = Block(self.heads, self.mlp_dim, self.activation, self.norm, self.norm_eps,
-                  self.attention, self.qk_norm, self.fused_init, self.layer_scale, self.dropout,
-                  self.dtype, parent=None)
+    alpha, beta = (1.0, 1.0) if self.placement != "deepnorm" else deepnorm(
+      self.depth, self.cross, self.decoder_depth)
+    block = Block(self.heads, self.mlp_dim, self.cross, alpha, **choices(self, BlockStyle),
+                  parent=None)
+
+    if self.cross and memory is None and cache is None:
+      raise ValueError("a Transformer with cross = True needs a memory, or a cache that has it")
+    if memory is not None and memory.shape[-1] != x.shape[-1]:
+      memory = nn.Dense(x.shape[-1], dtype=self.dtype, name="memory")(memory)  # b m d
 
     def init(rng):
       example = jnp.zeros((1, *x.shape[1:]), self.dtype)
-      blocks = jax.vmap(lambda key: block.init(key, example)["params"])(
-        jax.random.split(rng, self.depth))
-      return self.redraw(rng, blocks) if self.redraw else blocks
+      context = Context(memory=example if self.cross else None)
+      blocks = init_blocks(rng, block, self.depth, example, 0.0, context)
+      blocks = self.redraw(rng, blocks) if self.redraw else blocks
+      return blocks if beta == 1 else scaled(blocks, beta)
 
     params = self.param("blocks", init)                                      # leaves: depth ...
     rates = jnp.linspace(0.0, self.drop_path, self.depth)
     streams = [name for name, rate in [("dropout", self.dropout), ("drop_path", self.drop_path)]
                if train and rate]
     keys = {name: jax.random.split(self.make_rng(name), self.depth) for name in streams}
+    length = x.shape[1] if cache is None else cache["key"].shape[2]
+    seen, rotate, bias = self.relative(x, grid, keep, length, index)
+    written = None if cache is None else (jnp.arange(length) < index + x.shape[1])[None, None, None]
+    mask = nn.combine_masks(mask, seen, written, dtype=bool)
+    context = Context(mask, rotate, bias, memory, memory_mask, index)
 
     every, last = return_weights == "all", return_weights is True
 
     def apply(x, layer, return_weights=every):
-      params, rate, rngs = layer
-      out = block.apply({"params": params}, split_by_example(x), rate, mask, train=train,
+      params, rate, rngs, cache = layer
+      out = block.apply({"params": params}, split_by_example(x), rate, context, cache, train=train,
                         rngs=rngs, return_weights=return_weights)
-      return out if return_weights else (out, None)
+      return out if return_weights or cache is not None else (out, None)
 
-    step = apply
-    if self.remat != "none":
-      step = jax.checkpoint(apply, policy=REMAT[self.remat])
-    layers, looped = (params, rates, keys), self.depth - last
-    if self.scan:
-      x, weights = jax.lax.scan(step, x, jax.tree.map(lambda a: a[:looped], layers))
-    else:
-      each = []
-      for i in range(looped):
-        x, of_block = step(x, jax.tree.map(lambda a, i=i: a[i], layers))
-        each.append(of_block)
-      weights = jnp.stack(each) if every else None
+    layers = (params, rates, keys, cache)
+    looped = jax.tree.map(lambda a: a[:self.depth - last], layers) if last else layers
+    x, more = run_blocks(apply, x, looped, scan=self.scan, remat=self.remat)
     if every:
-      weights = jnp.moveaxis(weights, 0, 1)                                  # b depth k n n
+      more = jnp.moveaxis(more, 0, 1)                                        # b depth k n n
     if last:  # the last block apart: only its weights are wanted
-      x, weights = apply(x, jax.tree.map(lambda a: a[-1], layers), return_weights=True)
+      x, more = apply(x, jax.tree.map(lambda a: a[-1], layers), return_weights=True)
     x = split_by_example(x)
-    if self.final_norm:
-      x = NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
-    return (x, weights) if return_weights else x
+    if self.final_norm and not PLACEMENTS[self.placement].after:
+      x = self.make_norm("norm")(x)
+    return x if more is None else (x, more)
+
+  def init_cache(self, batch: int, length: int, memory=None):
+    """Room for the keys and values of `length` tokens, and those of `memory` [b, m, e].
+
+    {"key", "value": [depth, b, length, k, d/k], "memory_key", "memory_value": [depth, b, m, k,
+    d/k]}, for `__call__`. A method of the bound module: it needs the parameters.
+    """
+    params = self.variables["params"]
+    blocks = params["blocks"]
+    shape = blocks["attention"]["qkv_bias"].shape                            # depth 3 k d/k
+    room = jnp.zeros((self.depth, batch, length, *shape[2:]), self.dtype)
+    cache = {"key": room, "value": room}
+    if self.cross:
+      if "memory" in params:
+        memory = nn.Dense(math.prod(shape[2:]), dtype=self.dtype, parent=None).apply(
+          {"params": params["memory"]}, memory)
+      attention = Attention(self.heads, self.qk_norm, False, self.attention, self.norm,
+                            self.norm_eps, self.dtype, parent=None)
+      cache["memory_key"], cache["memory_value"] = jax.vmap(
+        lambda layer: attention.apply({"params": layer}, None, memory))(blocks["cross_attention"])
+    return cache

@@ -7,9 +7,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 
-from models import positions
+from models import layers, positions
+from models.attention import ATTENTION, Attention
 from models.batch_norm import BatchNorm
-from models.transformer import ACTIVATIONS, ATTENTION, NORMS, REMAT, Attention, Mlp, Transformer
+from models.blocks import PLACEMENTS
+from models.stems import STEMS, check_stem, first_filters
+from models.transformer import REMAT, Style, Transformer, choices
 
 
 class Size(NamedTuple):
@@ -34,8 +37,9 @@ SIZES = {
 POOLS = ("cls", "mean", "map", "none")
 
 # Fields whose value is a name, and the names: checked before anything is built.
-CHOICES = {"pool": POOLS, "positions": positions.KINDS, "resample": positions.RESAMPLE,
-           "activation": ACTIVATIONS, "norm": NORMS, "attention": ATTENTION, "remat": REMAT,
+CHOICES = {"pool": POOLS, "patch_stem": STEMS, "positions": positions.KINDS,
+           "resample": positions.RESAMPLE, "activation": layers.ACTIVATIONS, "norm": layers.NORMS,
+           "placement": PLACEMENTS, "attention": ATTENTION, "remat": REMAT,
            "dtype": ("float32", "bfloat16", "float16")}
 
 
@@ -69,12 +73,12 @@ class PatchEmbed(nn.Module):
   @nn.compact
   def __call__(self, patches):
     init = nn.initializers.xavier_uniform() if self.fused_init else nn.initializers.lecun_normal()
-    return nn.Dense(self.width, self.use_bias, kernel_init=init, dtype=self.dtype,
-                    name="projection")(patches.astype(self.dtype))           # b n d
+    return layers.Dense(self.width, use_bias=self.use_bias, kernel_init=init, dtype=self.dtype,
+                        name="projection")(patches.astype(self.dtype))       # b n d
 
 
 class Positions(nn.Module):
-  """Position embeddings of a grid of patches, as a table [n, d] (None for `kind="none"`)."""
+  """Position embeddings of a grid of patches, as a table [n, d]; None where there are none."""
 
   kind: str  # one of positions.KINDS
   grid: tuple[int, int]  # patches; the grid that a learned table is made for
@@ -83,7 +87,7 @@ class Positions(nn.Module):
 
   @nn.compact
   def __call__(self, grid: tuple[int, int]):
-    if self.kind == "none":
+    if self.kind in ("none", *positions.RELATIVE):
       return None
     if self.kind in positions.FIXED:  # of the grid it is made for: another's would be farther out
       table = jnp.asarray(positions.FIXED[self.kind](self.grid, self.width))
@@ -111,11 +115,11 @@ class AttentionPool(nn.Module):
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d)).astype(self.dtype)
     x = Attention(self.heads, dtype=self.dtype, name="attention")(
       jnp.broadcast_to(probe, (b, 1, d)), memory=x, mask=mask)               # b 1 d
-    y = NORMS["layernorm"](epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
-    return (x + Mlp(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")(y))[:, 0]
+    y = layers.LayerNorm(self.norm_eps, self.dtype, name="norm")(x)
+    return (x + layers.Mlp(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")(y))[:, 0]
 
 
-class ViT(nn.Module):
+class ViT(Style, kw_only=True):
   """`__call__` gives (logits or pooled features, named intermediates)."""
 
   image_size: tuple[int, int]  # pixels (h, w): what learned positions are made for
@@ -126,6 +130,7 @@ class ViT(nn.Module):
   mlp_dim: int
   heads: int
   num_classes: int = 0  # 0: no head, the pooled features are the output
+  patch_stem: str = "patches"  # a key of STEMS: what is embedded
   pool: str = "cls"  # one of POOLS
   pool_before_norm: bool = False  # norm after pooling (timm's and MAE's fc_norm), not on tokens
   class_token: bool | None = None  # None: as the pooling needs
@@ -134,20 +139,8 @@ class ViT(nn.Module):
   pre_norm: bool = False  # a norm before the first block too (CLIP)
   positions: str = "learned"  # one of positions.KINDS; learned ones have a row for the class token
   resample: str = "antialias"
-  activation: str = "gelu"
-  norm: str = "layernorm"
-  norm_eps: float = 1e-6
-  attention: str = "auto"
-  qk_norm: bool = False
-  fused_init: bool = False
-  layer_scale: float = 0.0
-  dropout: float = 0.0
-  drop_path: float = 0.0
   head_bias_init: float = 0.0
   probe_norm: bool = False  # batch norm, without scale and bias, before the head (MAE's probe)
-  scan: bool = False
-  remat: str = "none"
-  dtype: jnp.dtype = jnp.float32
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -158,6 +151,8 @@ class ViT(nn.Module):
     return self.pool == "cls" if self.class_token is None else self.class_token
 
   def setup(self):
+    if self.patch_stem != "patches":
+      self.convolutions = STEMS[self.patch_stem](self.width, self.patch, self.dtype)
     self.embed = PatchEmbed(self.width, self.fused_init, self.dtype, self.patch_bias)
     self.position = Positions(self.positions, self.grid, self.width, self.resample)
     if self.has_class_token:
@@ -168,14 +163,12 @@ class ViT(nn.Module):
     if self.registers:
       self.register_tokens = self.param("registers", nn.initializers.normal(0.02),
                                         (1, self.registers, self.width))
-    self.transformer = Transformer(
-      self.depth, self.heads, self.mlp_dim, self.activation, self.norm, self.norm_eps,
-      self.attention, self.qk_norm, self.fused_init, self.layer_scale, self.dropout,
-      self.drop_path, not self.pool_before_norm, self.scan, self.remat, self.dtype)
+    self.transformer = Transformer(self.depth, self.heads, self.mlp_dim, grid=self.grid,
+                                   final_norm=not self.pool_before_norm, **choices(self, Style))
     if self.pre_norm:
-      self.input_norm = NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype)
+      self.input_norm = self.make_norm()
     if self.pool_before_norm:
-      self.pool_norm = NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype)
+      self.pool_norm = self.make_norm()
     if self.pool == "map":
       self.map_pool = AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm_eps,
                                     self.dtype)
@@ -202,7 +195,9 @@ class ViT(nn.Module):
 
   @nn.nowrap
   def filters(self, params):
-    """The filters of the patch embedding, [d, p, p, c]."""
+    """The filters of the first layer, [d, p, p, c]."""
+    if self.patch_stem != "patches":
+      return first_filters(params["convolutions"])
     return rearrange(params["embed"]["projection"]["kernel"], "(p q c) d -> d p q c",
                      p=self.patch, q=self.patch)
 
@@ -216,7 +211,8 @@ class ViT(nn.Module):
              return_weights: bool | str = False):
     """patches [b, n, p*p*c] -> tokens [b, prefix + m, d], of the patches `keep` [b, m] if given.
 
-    Dropped patches are never embedded, so they cost nothing (2111.06377 sec. 3).
+    Of another stem they are its features. Dropped patches are never embedded, so they cost nothing
+    (2111.06377 sec. 3).
     """
     table = self.position(grid)                                              # n d
     if keep is not None:
@@ -234,7 +230,7 @@ class ViT(nn.Module):
     prefix = [jnp.broadcast_to(t.astype(self.dtype), (x.shape[0], *t.shape[1:])) for t in prefix]
     x = jnp.concatenate([*prefix, x], axis=1)                                # b prefix+m d
     x = self.input_norm(x) if self.pre_norm else x
-    return self.transformer(x, train=train, return_weights=return_weights)
+    return self.transformer(x, grid=grid, keep=keep, train=train, return_weights=return_weights)
 
   def pooled(self, tokens):
     """tokens [b, prefix + n, d] -> [b, d] (or all tokens for pool = "none")."""
@@ -255,8 +251,9 @@ class ViT(nn.Module):
     True [b, k, q, q] of the last block, with "all" [b, depth, k, q, q].
     """
     grid = (image.shape[1] // self.patch, image.shape[2] // self.patch)
-    tokens = self.encode(patchify(image, self.patch), grid, train=train,
-                         return_weights=return_weights)
+    patches = (patchify(image, self.patch) if self.patch_stem == "patches" else
+               self.convolutions(image, train=train))
+    tokens = self.encode(patches, grid, train=train, return_weights=return_weights)
     tokens, weights = tokens if return_weights else (tokens, None)
     features = self.pooled(tokens)
     out = {"tokens": tokens[:, self.prefix:], "features": features, "weights": weights}
@@ -294,5 +291,8 @@ def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, 
   check(image_size, fields["patch"], fields["width"], fields["heads"])
   if fields.get("pool", ViT.pool) == "cls" and fields.get("class_token") is False:
     raise ValueError("model.pool = 'cls' needs model.class_token")
-  return ViT(image_size=image_size, channels=channels, num_classes=num_classes,
-             dtype=jnp.dtype(dtype), **fields)
+  model = ViT(image_size=image_size, channels=channels, num_classes=num_classes,
+              dtype=jnp.dtype(dtype), **fields)
+  positions.check(model.positions, model.width // model.heads, axes=2)
+  check_stem(model.patch_stem, model.width, model.patch)
+  return model

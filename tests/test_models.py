@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from arrays import normal, random_params
 
-from models import kernels, mae, positions, transformer, vit
+from models import kernels, layers, mae, positions, transformer, vit
 from trainer.state import count_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -84,6 +84,10 @@ def np_positions(kind, grid, width, p):
   table = np.zeros((grid[0] * grid[1], width))
   for n in range(len(table)):
     row, column = divmod(n, grid[1])
+    if kind == "sinusoidal":
+      angles = n * 10_000 ** (-2 * np.arange(width // 2) / width)
+      table[n] = [*np.sin(angles), *np.cos(angles)]
+      continue
     for i in range(width // 4):
       frequency = 10_000 ** (-4 * i / width)
       for half, at in enumerate({"sincos2d": (column, row), "sincos2d_moco": (row, column),
@@ -117,7 +121,7 @@ def np_features(tokens, p, model):
 # --- Transformer ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fields", [
-  *({"activation": name} for name in transformer.ACTIVATIONS),
+  *({"activation": name} for name in NP_ACTIVATIONS),
   {"norm": "rmsnorm"}, {"qk_norm": True}, {"qk_norm": True, "norm": "rmsnorm"},
   {"layer_scale": 0.1}, {"final_norm": False}])
 def test_transformer_and_its_attention_weights(fields):
@@ -252,7 +256,7 @@ def test_dropout(where):
     params = jax.tree.map(np.zeros_like, random_params(0.4, model, x[:1]))
     params["blocks"]["attention"]["out"]["bias"] += 1
   else:
-    model = transformer.Mlp(6, "relu", dropout=0.25)
+    model = layers.Mlp(6, "relu", dropout=0.25)
     params = jax.tree.map(np.zeros_like, random_params(0.4, model, x[:1]))
     params["up"]["bias"] += 1
     params["down"]["kernel"] += np.eye(6, dtype=np.float32)

@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 
-def use_huge_pages():
-  """Starts this command again with the C library's heap in huge pages (Linux; glibc 2.35).
+def keep_memory():
+  """Starts this command again with a C heap that keeps its memory, in huge pages (Linux, glibc).
 
-  XLA maps the temporaries of a step on a CPU afresh each time, and in pages of 4 KiB the faults
-  are a quarter of a step. The library reads this setting only as a process starts.
+  XLA allocates the temporaries of a step on a CPU anew each time. Given back to the kernel, their
+  pages are mapped and zeroed again: from a quarter of a step to half of it, where other programs
+  have broken up the machine's memory. The library reads these settings only as a process starts.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.environ["GLIBC_TUNABLES"] = ":".join(
+      "glibc.malloc." + setting for setting in (
+        "hugetlb=1", "mmap_max=0", f"trim_threshold={2**40}", "arena_max=1"))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -9,7 +9,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -84,12 +84,13 @@ def jitted_step(recipe, shardings):
                    ema_gamma=config.ema_gamma, stop=stop_frozen(config.optimizer),
                    mesh=recipe.mesh)
   return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(recipe.mesh)),
-                 out_shardings=(shardings, sharding.replicated(recipe.mesh)), donate_argnums=0)
+                 out_shardings=(shardings, sharding.replicated(recipe.mesh)), donate_argnums=0,
+                 compiler_options=sharding.compiler_options(recipe.mesh))
 
 
-def abstract_state(recipe):
-  """(shapes of the state with their shardings, the shardings alone)."""
-  shapes = jax.eval_shape(initial_state(recipe))
+def abstract_state(recipe, init: Callable | None = None):
+  """(shapes of the state with their shardings, the shardings alone), of `init` if at hand."""
+  shapes = jax.eval_shape(init or initial_state(recipe))
   shardings = sharding.shard_state(shapes, recipe.mesh)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       shapes, shardings), shardings
@@ -165,7 +166,7 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
   sharding.check_agreement({name: json.dumps(fact) for name, fact in facts.items()})
   init = initial_state(recipe)
   try:
-    abstract, shardings = abstract_state(recipe)
+    abstract, shardings = abstract_state(recipe, init)
     taken = None
     if config.init and not checkpoints.exist(workdir):
       taken = recipes.call(transfer.take, config.init, "init", config=config, state=abstract)
@@ -181,7 +182,8 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     state, saved_facts = restored
     check_same_data(workdir, saved_facts, facts)
   else:
-    state = jax.jit(init, out_shardings=shardings)()
+    state = jax.jit(init, out_shardings=shardings,
+                    compiler_options=sharding.compiler_options(mesh))()
     state = transfer.put(state, taken) if taken else state
   start = int(state.step)
 
@@ -196,7 +198,8 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
   shown = describe(recipe, abstract, start, workdir)
   report.facts(shown)
   if taken:
-    report.table(f"from {config.init.run}", ("parameters", "", "became"),
+    runs = filter(None, (config.init.get(name) for name in ("run", "text_run")))
+    report.table(f"from {' and '.join(runs)}", ("parameters", "", "became"),
                  transfer.summary(taken.rows))
   if report.writes:
     reports.update(workdir, "start", step=start, command=command, changed=list(changed),

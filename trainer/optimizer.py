@@ -10,7 +10,8 @@ import optax
 from optax import contrib
 
 # What stands before the first block: embeddings, tokens, positions.
-BEFORE_BLOCKS = r"(^|/)(embed|position|cls|cls_position|registers|input_norm)(/|$)"
+BEFORE_BLOCKS = (r"(^|/)(embed|embed_norm|convolutions|position|segment|cls|cls_position|registers"
+                 r"|input_norm)(/|$)")
 
 
 def path_name(path) -> str:

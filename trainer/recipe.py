@@ -23,7 +23,7 @@ from trainer import optimizer, schedule, sharding
 UNITS = ("steps", "epochs", "examples")
 SHORT = {"init": "init.run"}  # what --config.NAME=VALUE of a whole section means
 # What the data says of a model's inputs and outputs, to models that ask for it.
-FROM_TEXT = ("vocab_size", "context", "eos_id", "pad_id")
+FROM_TEXT = ("vocab_size", "context", "eos_id", "pad_id", "mask_id", "starts")
 FROM_DATA = ("image_size", "channels", "num_classes", *FROM_TEXT)
 
 
@@ -234,8 +234,10 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   model.channels = model.get("channels") or c
   if model.channels != c:
     raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
-  for name in FROM_TEXT if tokenizer else ():
-    model[name] = getattr(tokenizer, name)
+  asked = inspect.signature(find_module("models", model.name, "config.model.name").make).parameters
+  for name in asked if tokenizer else ():
+    if name in FROM_TEXT:
+      model[name] = getattr(tokenizer, name)
   model.num_classes = info.num_classes if model.get("num_classes") is None else model.num_classes
   if 0 < model.num_classes < info.num_classes:
     raise ValueError(f"config.model.num_classes = {model.num_classes}: the data has labels up to "
@@ -285,7 +287,7 @@ def stand_in(config: ConfigDict):
     config.data.source, config.data.batch_size, config.augment.get("image_size"),
     model.get("channels") or (len(mean) if isinstance(mean, (tuple, list)) else None),
     model.get("num_classes") or 0, views=1 if config.augment.get("second_view") is None else 2,
-    **{name: config.data[name] for name in ("latents", "tokenizer", *FROM_TEXT)
+    **{name: config.data[name] for name in ("latents", "tokenizer", "mask_token", *FROM_TEXT)
        if name in config.data})
 
 

@@ -93,7 +93,7 @@ def count_flops(function: Callable, *args) -> int:
   """FLOPs of the matrix products and convolutions in a function, from its jaxpr.
 
   Multiply-adds count two. A scanned body counts as often as it runs, which the compiler's own
-  figure gets wrong. A rematerialised part counts each time.
+  figure gets wrong. A rematerialised part counts each time, of a choice by platform the default.
   """
   def visit(jaxpr, times):
     total = 0
@@ -104,6 +104,10 @@ def count_flops(function: Callable, *args) -> int:
       elif eqn.primitive.name == "conv_general_dilated":
         kernel, spec = eqn.invars[1].aval, eqn.params["dimension_numbers"]
         total += 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[spec.rhs_spec[0]]
+      elif eqn.primitive.name == "cond":
+        branches = [visit(branch.jaxpr, 1) for branch in eqn.params["branches"]]
+        total += branches[-1] if eqn.params.get("branches_platforms") else max(branches)
+        continue
       inner = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
       for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
         if _is_jaxpr(value):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +30,19 @@ def image_network(config: ConfigDict) -> tuple[str, Any]:
   return path, getattr(model, path) if path else model
 
 
+def text_network(config: ConfigDict) -> str:
+  """Its path in the parameters of a config's model. Raises ValueError where there is none."""
+  module = recipe.find_module("models", config.model.name, "config.model.name")
+  if not hasattr(module, "TEXT_NETWORK"):
+    raise ValueError(f"config.init.text_run: a model {config.model.name} has no text network that "
+                     "runs share")
+  return module.TEXT_NETWORK
+
+
 def fill(config: ConfigDict) -> ConfigDict:
   """A config without `model.name` gets the image network of `init.run`, and its normalisation.
 
+  Any gets the text network of `init.text_run`, and its tokenizer unless it has a file of its own.
   What the config says of the model goes before what the other run was.
 
   Raises ValueError or FileNotFoundError where there is no such run.
@@ -39,10 +50,19 @@ def fill(config: ConfigDict) -> ConfigDict:
   if not config.init:
     return config
   section = recipe.arguments(take, config.init, "init", config=config, state=None)
+  config = ConfigDict(config.to_dict())
+  if section.get("text_run") and "vocab_size" not in config.model:  # it has, in a finished run
+    here, run = text_network(config), section["text_run"]
+    there = checkpoints.load_config(run)
+    fields = recipe.find_module("models", "adapt", "").text_fields(
+      getattr(recipe.make_model(there), text_network(there)))
+    config.model = {**{f"{here}_{name}": value for name, value in fields.items()},
+                    **config.model.to_dict()}
+    if not str(config.data.get("tokenizer")).endswith(".json"):
+      config.data.tokenizer = str(Path(run) / checkpoints.TOKENIZER)
   if config.model.get("name"):  # a finished run needs no other one
     return config
-  there = checkpoints.load_config(_given(section["run"]))
-  config = ConfigDict(config.to_dict())
+  there = checkpoints.load_config(_given(section.get("run")))
   fields = recipe.find_module("models", "adapt", "").fields(image_network(there)[1])
   config.model = {**fields, **config.model.to_dict()}
   for name in ("mean", "std"):
@@ -51,9 +71,9 @@ def fill(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def take(config: ConfigDict, state, *, run: str, source: str | None = None,
-         into: str | None = None, fresh: str | None = FRESH) -> Taken:
-  """The parameters and batch statistics that a new run has from another.
+def take(config: ConfigDict, state, *, run: str = "", source: str | None = None,
+         into: str | None = None, fresh: str | None = FRESH, text_run: str = "") -> Taken:
+  """The parameters and batch statistics that a new run has from another, or from two.
 
   Args:
     config: of the new run, completed.
@@ -63,11 +83,20 @@ def take(config: ConfigDict, state, *, run: str, source: str | None = None,
       the image network, whose positions, patches and channels are made to fit; "": everything.
     fresh: regular expression: what matches it below `into` is not taken but starts anew. None:
       nothing is.
+    text_run: the run directory that the text network is taken from, as it is; "": none, and `run`
+      has to be given.
 
   Raises:
     ValueError: something here is neither there nor fresh, or of another shape; names the first.
     FileNotFoundError: there is no such run.
   """
+  if text_run:
+    there = text_network(checkpoints.load_config(text_run))
+    text = take(config, state, run=text_run, source=there, into=text_network(config), fresh=fresh)
+    image = take(config, state, run=run, source=source, into=into,
+                 fresh=fresh) if run else Taken({}, {}, [])
+    return Taken({**image.params, **text.params}, {**image.batch_stats, **text.batch_stats},
+                 image.rows + text.rows)
   loaded = checkpoints.load_run(_given(run))
   there_path, there = image_network(loaded.config)
   here_path, here = image_network(config)
@@ -88,8 +117,8 @@ def take(config: ConfigDict, state, *, run: str, source: str | None = None,
       params[path] = np.asarray(value)
       rows.append((path, str(x.shape), notes.get(name, "taken")))
   if wrong or not wanted:
-    raise ValueError(f"config.init.run = {run!r} with source {source_path!r} does not fit into "
-                     f"{into_path!r}; here, and there:\n  " + "\n  ".join(wrong[:5]))
+    raise ValueError(f"config.init: {source_path!r} of {run!r} does not fit into {into_path!r}; "
+                     "here, and there:\n  " + "\n  ".join(wrong[:5]))
   used = {f"{source_path}/{name}" if source_path else name for name in wanted
           if not (fresh and re.search(fresh, name))}
   rows += [(path, str(x.shape), "ignored") for path, x in _part(loaded.params, "").items()
@@ -132,7 +161,7 @@ def resized(run, config: ConfigDict):
   return run._replace(params=params, config=config)
 
 
-def _given(run: str) -> str:
+def _given(run: str | None) -> str:
   if not run:
     raise ValueError("config.init.run is not given: --config.init=DIR, the run directory to start "
                      "from")

@@ -1,0 +1,100 @@
+"""Multi-head attention: to itself, to a memory, and token by token with a cache."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import kernels
+from models.layers import NORMS, Dense
+
+ATTENTION: Mapping[str, Callable[..., jax.Array]] = {
+  # (query [b, q, k, d], key and value [b, n, k, d], bias=..., mask=...) -> [b, q, k, d]
+  "auto": kernels.attention,
+  "xla": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
+  "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+}
+
+
+class Attention(nn.Module):
+  """Multi-head attention (1706.03762 sec. 3.2), one fused query-key-value kernel [d, 3, k, d/k].
+
+  Self-attention when `memory` is None. Softmax in float32.
+  """
+
+  heads: int  # divides the width
+  qk_norm: bool = False  # 2302.05442 eq. 1: norm of queries and keys over a head's features
+  fused_init: bool = False  # Xavier fans of the fused [d, 3d] matrix (MAE), else of three [d, d]
+  attention: str = "auto"  # a key of ATTENTION
+  norm: str = "layernorm"
+  norm_eps: float = 1e-6
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, memory=None, mask=None, *, rotate=None, bias=None, cache=None, index=0,
+               return_weights: bool = False):
+    """x [b, q, d] -> [b, q, d], and with `return_weights` the attention weights [b, k, q, n].
+
+    Args:
+      x: tokens; None gives the (key, value) of `memory` alone.
+      memory: tokens [b, n, d] to attend to, or their (key, value), each [b, n, k, d/k].
+      mask: broadcastable to [b, k, q, n], True = attend.
+      rotate: rotary positions, applied to queries [b, q, k, d/k] and keys [b, n, k, d/k].
+      bias: of the logits, broadcastable to [b, k, q, n], or a function that makes it of the
+        queries before they are rotated and the keys after.
+      cache: (key, value), each [b, n, k, d/k], of which x has the tokens from `index` on: they
+        are written there, and what is returned is ([b, q, d], the cache).
+    """
+    width = (memory if x is None else x).shape[-1]
+    head_dim = width // self.heads
+    fan = dict(in_axis=0, out_axis=(1, 2, 3)) if self.fused_init else dict(
+      in_axis=0, out_axis=(2, 3), batch_axis=(1,))
+    kernel = self.param("qkv_kernel", nn.initializers.variance_scaling(
+      1.0, "fan_avg", "uniform", **fan), (width, 3, self.heads, head_dim)).astype(self.dtype)
+    offsets = self.param("qkv_bias", nn.initializers.zeros, (3, self.heads, head_dim))
+    offsets = offsets.astype(self.dtype)
+
+    def project(x, kernel, offsets):  # one matrix product however many of q, k, v are asked for
+      y = kernels.dot_general(x, kernel, (((2,), (0,)), ((), ())))           # b n s k d
+      parts = jax.lax.split(y + offsets[None, None], (1,) * len(offsets), 2)
+      return [part[:, :, 0] for part in parts]                               # b n k d, each
+
+    def norm(name, x):
+      if not self.qk_norm:
+        return x
+      return NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype, name=name)(x)
+
+    if memory is None:
+      query, key, value = project(x, kernel, offsets)
+      key = norm("key_norm", key)
+    elif isinstance(memory, tuple):
+      query, (key, value) = project(x, kernel[:, :1], offsets[:1])[0], memory
+    else:
+      key, value = project(memory, kernel[:, 1:], offsets[1:])
+      key = norm("key_norm", key)
+      if x is None:
+        return key, value
+      query = project(x, kernel[:, :1], offsets[:1])[0]                      # b q k d
+    plain = query = norm("query_norm", query)
+    if rotate is not None:
+      query, key = rotate(query), rotate(key)
+    if cache is not None:
+      key, value = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype),
+                                                                     index, 1)
+                                 for old, new in zip(cache, (key, value)))
+    bias = bias(plain, key) if callable(bias) else bias
+    mixed = ATTENTION[self.attention](query, key, value, bias=bias, mask=mask)
+    out = Dense(width, axis=(-2, -1), name="out", dtype=self.dtype,
+                kernel_init=nn.initializers.xavier_uniform())(mixed)         # b q d
+    if cache is not None:
+      return out, cache
+    if not return_weights:
+      return out
+    logits = jnp.einsum("bqkd,bnkd->bkqn", query, key, preferred_element_type=jnp.float32)
+    logits = logits * head_dim**-0.5
+    logits = logits if bias is None else logits + bias
+    if mask is not None:
+      logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    return out, nn.softmax(logits)

@@ -1,0 +1,148 @@
+"""A block of a Transformer: self-attention, attention to a memory, MLP, and where its norms are."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models.attention import Attention
+from models.layers import NORMS, Mlp
+
+
+class Placement(NamedTuple):
+  """Where a block's norms are, of each residual branch x + f(x)."""
+
+  before: bool = False  # of what the branch reads
+  branch: bool = False  # of what the branch gives
+  after: bool = False  # of the sum; then none is left for the end of the stack
+
+
+PLACEMENTS: Mapping[str, Placement] = {
+  "pre": Placement(before=True),  # 2002.04745
+  "post": Placement(after=True),  # 1706.03762 sec. 3.1
+  "sandwich": Placement(before=True, branch=True),  # 2105.13290 sec. 2.4
+  "deepnorm": Placement(after=True),  # 2203.00555 sec. 4, and `deepnorm` below
+}
+
+
+def deepnorm(depth: int, cross: bool = False, decoder_depth: int = 0) -> tuple[float, float]:
+  """DeepNorm's (alpha, beta) of a stack (2203.00555 table 1): norm(alpha x + f(x)), kernels x beta.
+
+  Of one that stands alone; of a decoder that reads an encoder (`cross`); or of an encoder that a
+  decoder of `decoder_depth` blocks reads.
+  """
+  if decoder_depth:
+    both = (depth**4 * decoder_depth) ** (1 / 16)
+    return 0.81 * both, 0.87 / both
+  return ((3 if cross else 2) * depth) ** 0.25, ((12 if cross else 8) * depth) ** -0.25
+
+
+def scaled(blocks: dict, beta: float) -> dict:
+  """Initial parameters with kernels of values, outputs and MLP x beta (2203.00555 fig. 2)."""
+  def scale(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.endswith("qkv_kernel"):
+      return x * jnp.array([1, 1, beta]).reshape(1, 1, 3, 1, 1)              # depth d 3 k d/k
+    return x * beta if name.endswith(("out/kernel", "up/kernel", "down/kernel")) else x
+  return jax.tree.map_with_path(scale, blocks)
+
+
+class BlockStyle(nn.Module, kw_only=True):
+  """The choices that a block is made by: fields of all that is made of blocks."""
+
+  activation: str = "gelu"  # a key of layers.ACTIVATIONS
+  norm: str = "layernorm"  # a key of layers.NORMS
+  norm_eps: float = 1e-6
+  placement: str = "pre"  # a key of PLACEMENTS
+  attention: str = "auto"  # a key of attention.ATTENTION
+  qk_norm: bool = False
+  fused_init: bool = False
+  layer_scale: float = 0.0  # initial value of 2103.17239's scale; 0 = none
+  dropout: float = 0.0  # rate, [0, 1)
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.nowrap
+  def make_norm(self, name: str | None = None):
+    return NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype, name=name)
+
+
+def choices(module, of: type) -> dict:
+  """What `module` says of the fields of `of`, BlockStyle or Style."""
+  return {f.name: getattr(module, f.name) for f in dataclasses.fields(of)
+          if f.name not in ("parent", "name")}
+
+
+class Context(NamedTuple):
+  """What all blocks of a stack are told: arguments of `Attention`."""
+
+  mask: Any = None
+  rotate: Callable | None = None
+  bias: Any = None
+  memory: Any = None
+  memory_mask: Any = None
+  index: Any = 0
+
+
+ALONE = Context()
+
+
+class Block(BlockStyle):
+  """Transformer block (2010.11929 eq. 2 and 3), with layer scale and drop path."""
+
+  heads: int
+  mlp_dim: int
+  cross: bool = False  # attention to a memory between self-attention and MLP
+  alpha: float = 1.0  # of DeepNorm
+
+  @nn.compact
+  def __call__(self, x, drop_path=0.0, context: Context = ALONE, cache=None, *,
+               train: bool = False, return_weights: bool = False):
+    """x [b, n, d]; `drop_path` is the rate (1603.09382) at which an example skips a branch.
+
+    Returns also attention weights if asked for (with `cross` those to the memory), or, where there
+    is a cache (a layer of `Transformer.init_cache`'s), the cache with x in it.
+    """
+    placement = PLACEMENTS[self.placement]
+
+    def read(x, name):
+      return self.make_norm(f"{name}_norm")(x) if placement.before else x
+
+    def add(x, branch, name):
+      if placement.branch:
+        branch = self.make_norm(f"{name}_out_norm")(branch)
+      if self.layer_scale:
+        gamma = self.param(f"{name}_scale", nn.initializers.constant(self.layer_scale),
+                           (x.shape[-1],))
+        branch = branch * gamma.astype(branch.dtype).reshape(1, 1, -1)
+      branch = nn.Dropout(self.dropout)(branch, deterministic=not train)
+      if train and self.has_rng("drop_path"):
+        keep = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_path, (x.shape[0], 1, 1))
+        branch = jnp.where(keep, branch / (1 - drop_path).astype(branch.dtype), 0)
+      x = (x if self.alpha == 1 else self.alpha * x) + branch
+      return self.make_norm(f"{name}_norm")(x) if placement.after else x
+
+    attention = functools.partial(
+      Attention, self.heads, self.qk_norm, self.fused_init, self.attention, self.norm,
+      self.norm_eps, self.dtype)
+    own = None if cache is None else (cache["key"], cache["value"])
+    y = attention(name="attention")(
+      read(x, "attention"), mask=context.mask, rotate=context.rotate, bias=context.bias, cache=own,
+      index=context.index, return_weights=return_weights and not self.cross)
+    y, more = y if isinstance(y, tuple) else (y, None)
+    x = add(x, y, "attention")                                               # b n d
+    if self.cross:
+      memory = context.memory if cache is None else (cache["memory_key"], cache["memory_value"])
+      y = attention(name="cross_attention")(read(x, "cross_attention"), memory, context.memory_mask,
+                                            return_weights=return_weights)
+      y, more = y if return_weights else (y, more)
+      x = add(x, y, "cross_attention")                                       # b n d
+    y = Mlp(self.mlp_dim, self.activation, self.dropout, self.dtype, name="mlp")(
+      read(x, "mlp"), train=train)
+    x = add(x, y, "mlp")                                                     # b n d
+    if cache is not None:
+      return x, {**cache, "key": more[0], "value": more[1]}
+    return (x, more) if return_weights else x
