@@ -15,9 +15,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
+PAD, START, END, MASK = "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|mask|>"
 # What files call these tokens where nothing else in them tells.
 ENDS, PADS = (END, "</s>", "<eos>", "[SEP]"), (PAD, "<pad>", "[PAD]")
+MASKS = (MASK, "[MASK]", "<mask>")
 
 
 class Tokenizer(NamedTuple):
@@ -27,6 +28,17 @@ class Tokenizer(NamedTuple):
   context: int  # tokens a text
   eos_id: int  # once in each text: the last token before padding
   pad_id: int
+
+  @property
+  def mask_id(self) -> int | None:
+    """Of the token that hides another, which no text has; None: there is none."""
+    ids = map(self.pipeline.token_to_id, MASKS)
+    return next((i for i in ids if i is not None), None)
+
+  @property
+  def starts(self) -> int:
+    """How many tokens every text begins with before its own."""
+    return self.pipeline.encode("").ids.index(self.eos_id)
 
   def encode(self, captions: Sequence[str]) -> np.ndarray:
     """Token ids, int32 [n, context]. A caption that spells a special token is plain text.
@@ -70,8 +82,8 @@ def fault(caption: str) -> str:
 
 
 def make(name: str, captions: Iterable[str] = (), *, context: int = 64, vocab_size: int = 1024,
-         lower_case: bool = False, eos_id: int | None = None,
-         pad_id: int | None = None) -> Tokenizer:
+         lower_case: bool = False, eos_id: int | None = None, pad_id: int | None = None,
+         mask_token: bool = False) -> Tokenizer:
   """Makes a tokenizer.
 
   Args:
@@ -83,18 +95,23 @@ def make(name: str, captions: Iterable[str] = (), *, context: int = 64, vocab_si
     lower_case: whether captions are lower-cased, before what a file may say besides.
     eos_id, pad_id: of a file that does not tell them by its post-processor, its padding or its
       tokens' names. Padding that nothing tells is 0, as in OpenAI's CLIP.
+    mask_token: whether there has to be one that hides others, of an id of its own. Files that have
+      one call it by a name in MASKS; to others it is added, as the largest id.
 
   Raises:
     ValueError, FileNotFoundError: a field that does not do, or a file that is no tokenizer.
   """
   if name in ("bytes", "bpe"):
-    pipeline = _bytes() if name == "bytes" else _bpe(captions, vocab_size)
-    pipeline.add_special_tokens([PAD, START, END])
+    special = [PAD, START, *[MASK] * mask_token, END]
+    pipeline = _bytes() if name == "bytes" else _bpe(captions, vocab_size, len(special))
+    pipeline.add_special_tokens(special)
     pad_id, start, eos_id = map(pipeline.token_to_id, (PAD, START, END))
     start = [start]
   else:
     pipeline = _read(name)
     start, eos_id, pad_id = _special_ids(pipeline, name, eos_id, pad_id)
+    if mask_token and not {*MASKS} & {*pipeline.get_vocab()}:
+      pipeline.add_special_tokens([MASK])
   if not isinstance(context, int) or context < len(start) + 2:
     raise ValueError(f"data.context={context!r}; it must be a whole number >= {len(start) + 2}")
   if lower_case:
@@ -133,16 +150,16 @@ def _bytes() -> tokenizers.Tokenizer:
   return _byte_level(dict(zip(alphabet, themselves + others, strict=True)))
 
 
-def _bpe(captions: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-  """BPE of `vocab_size` less three tokens."""
-  if vocab_size < 256 + 3:
-    raise ValueError(f"data.vocab_size={vocab_size}: BPE needs at least 259, for bytes, padding, "
-                     "start and end")
+def _bpe(captions: Iterable[str], vocab_size: int, special: int) -> tokenizers.Tokenizer:
+  """BPE of `vocab_size` less `special` tokens."""
+  if vocab_size < 256 + special:
+    raise ValueError(f"data.vocab_size={vocab_size}: BPE needs at least {256 + special}, for bytes "
+                     f"and {special} tokens such as padding, start and end")
   pipeline = _byte_level({})
   pipeline.train_from_iterator(captions, trainers.BpeTrainer(
-    vocab_size=vocab_size - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    vocab_size=vocab_size - special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False))
-  missing = vocab_size - 3 - pipeline.get_vocab_size()
+  missing = vocab_size - special - pipeline.get_vocab_size()
   pipeline.add_special_tokens([f"<|unused_{i}|>" for i in range(missing)])
   return pipeline
 

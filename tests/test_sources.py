@@ -301,14 +301,13 @@ def test_jpeg_draft_keeps_the_picture(monkeypatch):
   y, x = np.mgrid[:800, :1000]
   array = np.stack([127 + 100 * np.sin(x / 60), 127 + 100 * np.cos(y / 45), (x + y) / 8], -1)
   record = {"image": encoded(array.astype(np.uint8), "jpeg", quality=95), "name": ""}
-  decoded = []
-  resize = Image.Image.resize
-  monkeypatch.setattr(Image.Image, "resize",
-                      lambda self, *a, **k: decoded.append(self.size) or resize(self, *a, **k))
+  decoded, resize = [], sources._resize
+  monkeypatch.setattr(sources, "_resize",
+                      lambda image, *a: decoded.append(image.size) or resize(image, *a))
   image = sources.decode(record, 3, (96, 96), lambda h, w: (100, 200, 500, 600))
   assert decoded == [(250, 200)]  # a quarter: 500 x 600 becomes 125 x 150, still >= 96
   whole = Image.fromarray(array.astype(np.uint8)).crop((200, 100, 800, 600))
-  np.testing.assert_allclose(image, np.asarray(resize(whole, (96, 96), Image.Resampling.BICUBIC)),
+  np.testing.assert_allclose(image, np.asarray(whole.resize((96, 96), Image.Resampling.BICUBIC)),
                              atol=8)
 
 
