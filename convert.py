@@ -73,13 +73,15 @@ def tokenizer_of(source, config):
   if not (source.tokenizer and config.model.get("vocab_size")):
     return None
   text = recipe.find_module("input_pipeline", "text", "")
-  told = {} if config.model.text_pool == "argmax" else {
+  told = {} if config.model.get("text_pool") in ("argmax", None) else {
     name: config.model[name] for name in ("eos_id", "pad_id")}
   tokenizer = text.make(str(source.tokenizer), context=config.model.context, **told)
   if tokenizer.vocab_size > config.model.vocab_size:
     raise ValueError(f"{source.tokenizer}: {tokenizer.vocab_size} tokens, the weights are for "
                      f"{config.model.vocab_size}")
-  config.model.eos_id, config.model.pad_id = tokenizer.eos_id, tokenizer.pad_id
+  for name in ("eos_id", "pad_id", "mask_id", "starts"):
+    if name in config.model:
+      config.model[name] = getattr(tokenizer, name)
   return tokenizer
 
 
@@ -92,7 +94,7 @@ def initial(method, model) -> dict:
   """What a run of this network starts with, {path: array}."""
   import jax
   import jax.numpy as jnp
-  batch = {"image": jnp.zeros((1, *model["image_size"], model["channels"])),
+  batch = {"image": jnp.zeros((1, *model.get("image_size", (1, 1)), model.get("channels", 1))),
            "label": jnp.zeros(1, jnp.int32)}
   if "context" in model:
     batch["text"] = jnp.zeros((1, model["context"]), jnp.int32)
@@ -180,7 +182,7 @@ def export_weights(args) -> str:
     files.write(folder / f"model{form.suffix}", tensors)
     if config:
       (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if form.publisher == "hf":
+    if form.publisher == "hf" and form.images:
       (folder / "preprocessor_config.json").write_text(json.dumps(
         published.preprocessor(run.config), indent=2) + "\n")
     tokenizer = Path(args.source) / checkpoints.TOKENIZER

@@ -10,9 +10,11 @@ their median and quartiles by the clock and by processor time. Shares are of the
 matrix product in the same dtype, measured by our side before it begins.
 
 Both sides have the same shapes, parameters, AdamW and batch of bytes, which they normalise in the
-step; augmentation is off and blocks are unrolled. Ours also computes what it logs (accuracy, the
-gradient's norm). `--threads` pins both to as many cores (Linux). With `--against`, exits 1 and
-names the models that are worse than that file's table of the same kind has them: see `worse`.
+step; augmentation is off and blocks are unrolled. Each runs as its users start it: ours computes
+what it logs too (accuracy, the gradient's norm) and keeps its heap as train.py does, which would
+give the peer 5-9% on a CPU (GLIBC_TUNABLES as in trainer/environment.py). `--threads` pins both to
+as many cores (Linux). With `--against`, exits 1 and names the models that are worse than that
+file's table of the same kind has them: see `worse`.
 """
 
 import argparse

@@ -43,8 +43,8 @@ def replace(page: str, heading: str, body: str) -> str:
 
 def machine() -> str:
   """What a reader has to know of this machine beside its processor."""
-  commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=compare.ROOT, text=True,
-                          capture_output=True).stdout.strip() or "unknown"
+  commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=compare.ROOT,
+                          text=True, capture_output=True).stdout.strip() or "unknown"
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
   return (f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {memory:.0f} GiB, "
           f"{platform.system()} {platform.release()}, Python {platform.python_version()}, commit "

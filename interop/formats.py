@@ -35,6 +35,7 @@ class Format(NamedTuple):
   describe: Callable[[Mapping, Mapping, Mapping], Network]  # (name -> shape, config.json, given)
   rows: Callable[[Mapping], list[layout.Row]]  # of config.model
   prefixes: tuple[tuple[str, str], ...] = ()  # (what some names begin with, canonical)
+  suffixes: tuple[tuple[str, str], ...] = ()  # (what some names end with, canonical)
   aside: str = ""  # regular expression: names that we have no use for
   new: str = ""  # regular expression: parts of ours that a file may leave out
   gather: Callable[[dict, Mapping], dict] = lambda tensors, model: tensors  # to what rows say
@@ -43,6 +44,7 @@ class Format(NamedTuple):
   config: Callable[[Mapping, Any], dict] | None = None  # (config.model, config) -> config.json
   limits: Mapping[str, tuple] = {}  # field of config.model -> what can be written
   suffix: str = ".safetensors"
+  images: bool = True  # whether the network is one of images, which need preprocessing
   backbone: bool = False  # whether the format has no place for what else a method trains
 
   @property
@@ -55,6 +57,9 @@ class Format(NamedTuple):
       for begins, other in (("module.", ""), *self.prefixes):
         if name.startswith(begins):
           name = other + name.removeprefix(begins)
+      for ends, other in self.suffixes:
+        if name.endswith(ends):
+          name = name.removesuffix(ends) + other
       return name
     return {rename(name): name for name in names}
 

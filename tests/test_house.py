@@ -75,6 +75,10 @@ PARAMETERS = {  # of published recipes: encoder, decoder and head as each trains
   "configs/clip.py:vit_l14": 427_616_513,
   "configs/clip.py:siglip_b16": 203_155_970,
   "configs/resnet.py:imagenet_r50_8k": 25_557_032,
+  # B/16 without head and class token; six blocks of two attentions and an MLP, and embeddings.
+  "configs/caption.py:cap_b16": 85_798_656 - 2 * 768 + 6 * (
+    8 * (768**2 + 768) + 8 * 768**2 + 5 * 768 + 3 * 2 * 768) + 2 * 768 + (32_000 + 64) * 768,
+  "configs/bert.py:base": 109_514_298,  # Hugging Face's BertForMaskedLM of bert-base-uncased
   # Of the published DiT-XL/2's 675,129,632 the fixed position table is 256 x 1152.
   "configs/diffusion.py:imagenet_dit_xl2": 675_129_632 - 256 * 1152,
   "configs/diffusion.py:imagenet_sit_xl2": 675_129_632 - 256 * 1152 - 16 * (1152 + 1),
@@ -92,10 +96,13 @@ def test_every_recipe_builds(name):
   size = 16 if name.endswith("smoke") else 32
   embedded = config.data.source.startswith("glyphs")
   latents = config.data.get("latents")
-  shape = (size, size, 1) if embedded else (None, None, 4 if latents else 3)
+  shape = ((size, size, 1) if embedded else (1, 1, 1) if config.data.source.startswith("lines:")
+           else (None, None, 4 if latents else 3))
   info = Info(shape, 62 if embedded else 1000, (), {"train": 1_281_167}, "")
-  tokenizer = SimpleNamespace(vocab_size=32_000 if name.endswith(("siglip_b16", "lit_b16")) else
-                              49_408, context=config.data.get("context"), eos_id=1, pad_id=0)
+  of_32k = name.endswith(("siglip_b16", "lit_b16", "cap_b16"))
+  vocab_size = 32_000 if of_32k else 30_522 if name.startswith("configs/bert") else 49_408
+  tokenizer = SimpleNamespace(vocab_size=vocab_size, context=config.data.get("context"), eos_id=1,
+                              pad_id=0, mask_id=2, starts=1)
   config = recipe.fill_from_data(config, info, 1_281_167,
                                  tokenizer if config.data.get("tokenizer") else None)
   method, augment = recipe.make_method(config), recipe.make_augment(config)

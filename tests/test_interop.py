@@ -61,6 +61,9 @@ RECORDED = {
     "embed_text": (pair(io), unit(io["text_features"]))}),
   "siglip": ("clip/siglip", lambda io: {"embed_image": (pair(io), io["image_embeds"]),
                                         "embed_text": (pair(io), io["text_embeds"])}),
+  "bert_mlm": ("bert/hf", lambda io: {"logits": (
+    {"text": io["input_ids"].astype(np.int32), "segments": io["token_type_ids"].astype(np.int32)},
+    io["logits_nomask"])}),
   "dit": ("dit/original", lambda io: {"denoise": (
     {"image": published.nhwc(io["x"]), "t": io["t"], "label": io["y"]},
     published.nhwc(io["out"]))}),
@@ -158,6 +161,7 @@ FULL = {  # file -> (format, parameters in all, of them not ours, the model's fi
   "mae_hf_l16": ("mae/hf", 329_541_888), "clip_hf_b32": ("clip/hf", 151_277_313),
   "clip_hf_l14": ("clip/hf", 427_616_513), "siglip_hf_b16": ("clip/siglip", 203_155_970),
   "clip_openai_b32": ("clip/openai", 151_277_313), "clip_openai_l14": ("clip/openai", 427_616_513),
+  "bert_hf_base": ("bert/hf", 109_514_298),
   "resnet_hf_50": ("resnet/hf", 25_557_032), "resnet_torchvision_50": (
     "resnet/torchvision", 25_557_032), "dit_xl2": ("dit/original", 675_129_632),
   "vit_timm_b16": ("vit/timm", 86_567_656), "vit_timm_siglip_b16": ("vit/timm", 92_884_224),

@@ -77,6 +77,12 @@ def siglip(a):
               text_causal=False, text_pool="last", init_bias=-10.0)
 
 
+def bert(a):
+  return dict(name="bert", width=a["heads"] * a["head_dim"], heads=a["heads"], depth=a["depth"],
+              mlp_dim=a["mlp_dim"], vocab_size=11, context=a["patch"], pad_id=4, eos_id=3,
+              mask_id=2, segments=1 + a["flag"], image_size=(1, 1), channels=1)
+
+
 def dit(a):
   return dict(name="dit", **transformer(a), positions="learned", num_classes=a["num_classes"],
               learn_sigma=a["flag"])
@@ -85,7 +91,7 @@ def dit(a):
 METHODS = {
   "vit": dict(name="supervised"), "resnet": dict(name="supervised"),
   "mae": dict(name="mae", mask_ratio=0.5), "moco": dict(name="moco", queue_size=4),
-  "clip": dict(name="clip"),
+  "clip": dict(name="clip"), "bert": dict(name="bert"),
   "dit": dict(name="diffusion", path="vp_discrete", prediction="eps", samples={})}
 OPTIONS = {"moco/v3": dict(queue_size=0), "clip/siglip": dict(loss="sigmoid",
                                                              max_logit_scale=None)}
@@ -97,7 +103,7 @@ OPTIONS = {"moco/v3": dict(queue_size=0), "clip/siglip": dict(loss="sigmoid",
   ("vit/augreg", npz), ("mae/hf", mae), ("mae/original", mae), ("resnet/torchvision", resnet),
   ("resnet/hf", resnet), ("moco/original", moco), ("moco/v3", moco_v3), ("clip/hf", clip),
   ("clip/openai", lambda a: clip(a, text_pool="argmax")), ("clip/siglip", siglip),
-  ("dit/original", dit)])
+  ("bert/hf", bert), ("dit/original", dit)])
 @settings(max_examples=4, deadline=None, derandomize=True, database=None)
 @given(a=SIZES)
 def test_out_and_in_again(name, architecture, a):
@@ -125,7 +131,8 @@ def test_out_and_in_again(name, architecture, a):
   described = form.describe(shapes, told, asked if not told else {
     "image_size": section["image_size"]}).model
   for field, value in section.items():
-    if field in described and field not in ("layer_scale", "eos_id", "pad_id", "init_bias"):
+    if field in described and field not in ("layer_scale", "eos_id", "pad_id", "mask_id",
+                                            "init_bias"):
       assert described[field] == value, field
   again = {**model, **described}
   statuses = {e.status for e in interop.account(form, again, shapes, expected)}

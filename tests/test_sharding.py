@@ -30,6 +30,11 @@ RECIPES = {
   "siglip": ("configs/clip.py:smoke", {
     **VIT, "model.text_heads": "4", "method.loss": "sigmoid", "model.init_bias": "-10.0",
     "method.chunk": "8"}),
+  "caption": ("configs/caption.py:smoke", {
+    **VIT, "model.text_heads": "4", "model.text_depth": "2", "model.text_dropout": "0.1"}),
+  "bert": ("configs/bert.py:smoke", {
+    "model.heads": "4", "model.depth": "2", "model.dropout": "0.1", "model.scan": "true",
+    "method.masks": "unilm"}),
   "diffusion": ("configs/diffusion.py:smoke", {"model.heads": "4", "model.scan": "true"}),
 }
 

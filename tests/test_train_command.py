@@ -16,7 +16,7 @@ from trainer.logging import read_metrics
 
 SMOKES = ["configs/mae.py:smoke", "configs/vit.py:smoke", "configs/resnet.py:smoke",
           "configs/moco.py:smoke", "configs/moco.py:smoke_v3", "configs/clip.py:smoke",
-          "configs/diffusion.py:smoke"]
+          "configs/caption.py:smoke", "configs/bert.py:smoke", "configs/diffusion.py:smoke"]
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +78,8 @@ def test_load_run_predicts(finished):
   images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), np.uint8)
   batch = {"image": run.preprocess(images)}
   np.testing.assert_allclose(batch["image"], (images / 255 - 0.5) / 0.5, atol=1e-6)
+  if "bert" in config:
+    batch = {"text": run.tokenize(["digit one, sans", "digit two, serif", "digit three, mono"])}
   if "diffusion" in config:
     image = run.predict("sample", {"label": np.arange(3)})
     assert image.shape == (3, 16, 16, 1) and image.std() > 0

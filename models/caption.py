@@ -1,0 +1,132 @@
+"""Images to texts: an image network, and a Transformer decoder that looks at its tokens."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import backbones, text, vit
+from models.positions import FIXED
+from models.transformer import Style, Transformer, choices
+
+
+class TextDecoder(Style):
+  """The next token of a text, by the tokens before it and those of an image.
+
+  A text is read one place late, with `pad_id` before its first token (as in T5, 1910.10683). The
+  table of embeddings is that of the output too (1608.05859).
+  """
+
+  vocab_size: int
+  context: int  # tokens, at most
+  eos_id: int  # of the end-of-text token
+  pad_id: int  # of what fills up the context
+  width: int
+  depth: int
+  heads: int
+  mlp_dim: int
+  positions: str = dataclasses.field(default="learned", kw_only=True)  # one of text.CHOICES
+
+  def setup(self):
+    self.embed = nn.Embed(self.vocab_size, self.width, dtype=self.dtype,
+                          embedding_init=nn.initializers.normal(0.02))
+    self.table = None
+    if self.positions == "learned":
+      self.table = self.param("position", nn.initializers.normal(0.01), (self.context, self.width))
+    elif self.positions in FIXED:
+      self.table = FIXED[self.positions]((self.context,), self.width)
+    self.transformer = Transformer(self.depth, self.heads, self.mlp_dim, causal=True, cross=True,
+                                   grid=(self.context,), **choices(self, Style))
+
+  def embedded(self, before, index=0):
+    """Tokens `before` [b, q] the places from `index` on -> what is read there, [b, q, d]."""
+    x = self.embed(before)
+    if self.table is None:
+      return x
+    table = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.table), index, x.shape[1])
+    return x + table[None].astype(self.dtype)
+
+  def logits(self, x):
+    """x [b, l, d] -> float32 [b, l, v]."""
+    return jnp.einsum("bld,vd->blv", x, self.embed.embedding.astype(self.dtype),
+                      preferred_element_type=jnp.float32)
+
+  def __call__(self, ids, memory, *, train: bool = False, return_weights: bool = False):
+    """ids int [b, l], memory [b, n, e] -> float32 logits [b, l, v] of each token.
+
+    With `return_weights` also what of the memory each is predicted by, in the last block:
+    [b, k, l, n]. Raises ValueError on texts longer than the context.
+    """
+    if ids.shape[1] > self.context:
+      raise ValueError(f"texts of {ids.shape[1]} tokens: model.context is {self.context}")
+    before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=self.pad_id)
+    x = self.transformer(self.embedded(before), memory=memory, train=train,
+                         return_weights=return_weights)
+    return (self.logits(x[0]), x[1]) if return_weights else self.logits(x)
+
+  def begin(self, memory):
+    """The cache of texts that have no token yet; its arrays have the batch on axis 1."""
+    return self.transformer.init_cache(memory.shape[0], self.context, memory)
+
+  def step(self, cache, token, index):
+    """(cache, token [b] before place `index`) -> (logits [b, v] of that place, cache)."""
+    x, cache = self.transformer(self.embedded(token[:, None], index), cache=cache, index=index)
+    return self.logits(x)[:, 0], cache
+
+
+class Captioner(nn.Module):
+  """An image network whose tokens, [b, n, d], are what a text decoder looks at."""
+
+  image: nn.Module  # (image, *, train, return_weights) -> (pooled [b, d], out)
+  text: TextDecoder
+
+  def encode_image(self, image, *, train: bool = False, return_weights: bool | str = False):
+    """The image network alone: as `ViT.__call__`."""
+    return self.image(image, train=train, return_weights=return_weights)
+
+  def __call__(self, image, ids, *, train: bool = False, return_weights: bool = False):
+    """image [b, h, w, c], ids int [b, l] -> as `TextDecoder.__call__`."""
+    _, out = self.image(image, train=train)
+    return self.text(ids, out["tokens"], train=train, return_weights=return_weights)
+
+  def begin(self, image):
+    """image [b, h, w, c] -> as `TextDecoder.begin`."""
+    return self.text.begin(self.image(image)[1]["tokens"])
+
+  def step(self, cache, token, index):
+    """As `TextDecoder.step`."""
+    return self.text.step(cache, token, index)
+
+
+_TOKENIZER = ("vocab_size", "context", "eos_id", "pad_id")
+_TEXT = {f"text_{f.name}": f.type for f in dataclasses.fields(TextDecoder)
+         if f.name not in ("parent", "name", "dtype", *_TOKENIZER)}
+FIELDS = {**backbones.FIELDS, **_TEXT}
+IMAGE_NETWORK = "image"  # the part that other runs start from
+CHOICES = {**backbones.CHOICES,
+           **{f"text_{name}": allowed for name, allowed in text.CHOICES.items()}}
+
+
+def make(*, backbone: str = "vit", image_size, channels: int, dtype="float32",
+         vocab_size: int | None = None, context: int | None = None, eos_id: int | None = None,
+         pad_id: int | None = None, **fields) -> Captioner:
+  """An image network, by any field of `models/BACKBONE.py`, and a decoder of its texts.
+
+  Fields of `TextDecoder` begin with text_. Where nothing is said the decoder is like a ViT beside
+  it, and its mlp_dim four times its width. `vocab_size`, `context`, `eos_id` and `pad_id` are the
+  tokenizer's. Raises ValueError as `backbones.make`, and on sizes that are missing or do not fit.
+  """
+  if None in (vocab_size, context, eos_id, pad_id):
+    raise ValueError("model.name = 'caption' needs captions: set data.tokenizer, for data that has "
+                     "them")
+  missing = [name for name in ("text_width", "text_depth", "text_heads") if name not in fields]
+  if missing:
+    raise ValueError(f"model: give all of {', '.join(missing)}")
+  given = {name.removeprefix("text_"): fields.pop(name) for name in _TEXT if name in fields}
+  shared = ("activation", "norm", "norm_eps", "attention", "scan", "remat")
+  decoder = {"mlp_dim": 4 * given["width"], "dtype": jnp.dtype(dtype),
+             **{name: fields[name] for name in shared if name in fields}, **given}
+  vit.check((), 1, decoder["width"], decoder["heads"], prefix="text_")
+  image = backbones.make(backbone, image_size=image_size, channels=channels, dtype=dtype, **fields)
+  return Captioner(image, TextDecoder(vocab_size, context, eos_id, pad_id, **decoder))
