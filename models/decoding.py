@@ -3,7 +3,8 @@
 A step (cache, token int [b], index int []) -> (logits [b, v], cache) says what follows `token`,
 which stands at place `index`. What a cache is, only the step knows: any arrays with an axis for
 texts. Decoding begins with a token that is no part of the text, ends a text at its first `eos_id`,
-puts `pad_id` after it, and stops when all texts have ended or are `length` tokens long.
+puts `pad_id` after it, and takes `length` steps: to stop when all texts have ended, the devices of
+a mesh would have to agree at each.
 """
 
 from collections.abc import Callable
@@ -36,10 +37,6 @@ def sampler(temperature: float = 1.0, top_p: float = 1.0) -> Callable:
   return choose
 
 
-def _unfinished(length: int) -> Callable:
-  return lambda carry: (carry[0] < length) & ~carry[-1].all()  # of (index, ..., ended)
-
-
 def decode(step: Callable, cache, first, length: int, *, eos_id: int, pad_id: int,
            choose: Callable = greedy, rng=None):
   """One text for each row of `first`, int [b]: what `choose` takes of (rng, logits) at each place.
@@ -47,23 +44,22 @@ def decode(step: Callable, cache, first, length: int, *, eos_id: int, pad_id: in
   Returns:
     (tokens int32 [b, length], log-probabilities float32 [b] of the texts as the model has them).
   """
-  b = first.shape[0]
   rng = jax.random.key(0) if rng is None else rng
 
-  def extend(carry):
-    index, cache, token, tokens, log_p, ended = carry
+  def extend(carry, index):
+    cache, token, log_p, ended = carry
     logits, cache = step(cache, token, index)
     logits = logits.astype(jnp.float32)
     token = choose(jax.random.fold_in(rng, index), logits).astype(jnp.int32)
     each = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
     token = jnp.where(ended, pad_id, token)
-    return (index + 1, cache, token, tokens.at[:, index].set(token),
-            log_p + jnp.where(ended, 0, each), ended | (token == eos_id))
+    log_p = log_p + jnp.where(ended, 0, each)
+    return (cache, token, log_p, ended | (token == eos_id)), token
 
-  start = (0, cache, first.astype(jnp.int32), jnp.full((b, length), pad_id, jnp.int32),
-           jnp.zeros(b), jnp.zeros(b, bool))
-  *_, tokens, log_p, _ = jax.lax.while_loop(_unfinished(length), extend, start)
-  return tokens, log_p
+  b = first.shape[0]
+  start = (cache, first.astype(jnp.int32), jnp.zeros(b), jnp.zeros(b, bool))
+  (_, _, log_p, _), tokens = jax.lax.scan(extend, start, jnp.arange(length))
+  return tokens.T, log_p
 
 
 def length_penalty(count, alpha: float):
@@ -98,8 +94,8 @@ def beam(step: Callable, cache, first, length: int, *, eos_id: int, pad_id: int,
     return jax.vmap(lambda x, parent: jnp.take(x, parent, axis), (axis, 0), axis)(
       x, parent).reshape(shape)
 
-  def extend(carry):
-    index, cache, token, tokens, log_p, count, ended = carry
+  def extend(carry, index):
+    cache, token, tokens, log_p, count, ended = carry
     logits, cache = step(cache, token.reshape(-1), index)
     v = logits.shape[-1]
     each = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(b, beams, v)
@@ -107,19 +103,20 @@ def beam(step: Callable, cache, first, length: int, *, eos_id: int, pad_id: int,
     total = log_p[..., None] + jnp.where(ended[..., None], nothing, each)    # b m v
     count = jnp.where(ended, count, index + 1)
     score = total / length_penalty(count, alpha)[..., None]
-    best = jax.lax.top_k(score.reshape(b, -1), beams)[1]                     # b m
+    # By sorting, which stays where a row is: a top_k would gather the batch of a mesh.
+    best = jnp.argsort(-score.reshape(b, -1), axis=1)[:, :beams]             # b m
     parent, token = jnp.divmod(best, v)
     log_p = jnp.take_along_axis(total.reshape(b, -1), best, axis=1)
     tokens, count, ended = jax.vmap(lambda x, at: jax.tree.map(lambda a: a[at], x))(
       (tokens, count, ended), parent)
     tokens = tokens.at[:, :, index].set(token)
-    return (index + 1, jax.tree.map(lambda x: select(x, parent), cache), token, tokens, log_p,
-            count, ended | (token == eos_id))
+    return (jax.tree.map(lambda x: select(x, parent), cache), token, tokens, log_p, count,
+            ended | (token == eos_id)), None
 
-  start = (0, jax.tree.map(lambda x: jnp.repeat(x, beams, axis), cache),
+  start = (jax.tree.map(lambda x: jnp.repeat(x, beams, axis), cache),
            jnp.repeat(first.astype(jnp.int32)[:, None], beams, 1),
            jnp.full((b, beams, length), pad_id, jnp.int32),
            jnp.full((b, beams), -jnp.inf).at[:, 0].set(0), jnp.zeros((b, beams), jnp.int32),
            jnp.zeros((b, beams), bool))
-  *_, tokens, log_p, count, _ = jax.lax.while_loop(_unfinished(length), extend, start)
+  _, _, tokens, log_p, count, _ = jax.lax.scan(extend, start, jnp.arange(length))[0]
   return tokens, log_p / length_penalty(count, alpha)

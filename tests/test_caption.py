@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from types import SimpleNamespace
 
 import chex
@@ -17,7 +18,7 @@ from evaluators import captions
 from losses import tokens
 from methods import caption as method
 from models import caption, decoding
-from trainer import loop, recipe, transfer
+from trainer import loop, recipe, sharding, transfer
 from trainer.checkpoints import load_run
 from trainer.logging import read_metrics
 from trainer.optimizer import path_name
@@ -184,6 +185,18 @@ def test_captions_are_those_of_the_whole_text_in_any_batch(fields):
     for row in range(3):
       np.testing.assert_array_equal(
         predict(params, {}, {"image": image[row:row + 1]}, rng)[0], found[row])
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(beams=2), dict(temperature=1.0)], ids=str)
+def test_each_device_writes_its_own_captions(fields):
+  """Devices that wait for each other in a loop may do so for ever: on CPUs nothing orders them."""
+  model, params, image = made()
+  own = sharding.batch_sharding(sharding.make_mesh(data=8))
+  batch = {"image": jax.ShapeDtypeStruct((16, *image.shape[1:]), image.dtype, sharding=own)}
+  compiled = jax.jit(method.make(model, **fields).predict["caption"], out_shardings=own).lower(
+    params, {}, batch, jax.random.key(0)).compile().as_text()
+  assert "while(" in compiled
+  assert not re.search(r"all-(reduce|gather|to-all)|collective-permute", compiled)
 
 
 @pytest.mark.parametrize("fields,message", [
