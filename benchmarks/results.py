@@ -1,8 +1,8 @@
 """Runs the benchmarks and writes what they print to benchmarks/RESULTS.md, section by section.
 
-  python benchmarks/results.py [--python-peer=PYTHON] [--python-tf=PYTHON] [compare sampling ...]
+  python benchmarks/results.py [--python-peer=PYTHON] [--python-tf=PYTHON] [input "threads=1" ...]
 
-With names, only those: a section is replaced where this machine has it, and appended where not. A
+With words, only the commands that contain one of them: a section is replaced where this machine has it, and appended where not. A
 quiet machine is needed. PYTHON is one with torch and Pillow, or with tensorflow-cpu.
 """
 
@@ -21,8 +21,8 @@ from benchmarks import compare
 
 PAGE = compare.ROOT / "benchmarks/RESULTS.md"
 COMMANDS = {  # device -> what it is measured by
-  "cpu": ("compare.py --threads=1", "compare.py --threads={cores}",
-          "compare.py --models=mae_l16_masks --batch=8 --steps=5 --threads={cores}",
+  "cpu": ("compare.py --threads=1 --steps=5", "compare.py --threads={cores}",
+          "compare.py --models=mae_l16_masks --batch=4 --steps=3 --threads={cores}",
           "input.py", "sampling.py", "scaling.py"),
   "gpu": ("compare.py", "compare.py --compile", "sampling.py")}
 START = """# Results
@@ -54,25 +54,25 @@ def machine() -> str:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("names", nargs="*", metavar="name")
+  parser.add_argument("words", nargs="*", metavar="word")
   parser.add_argument("--python-peer", default=sys.executable)
   parser.add_argument("--python-tf")
   args = parser.parse_args()
   device = compare.default_device()
-  known = {command.split(".py")[0] for command in COMMANDS[device]}
-  for name in set(args.names) - known:
-    parser.error(f"{name}: on a {device} there are {', '.join(sorted(known))}")
+  commands = [command.format(cores=os.cpu_count()) for command in COMMANDS[device]]
+  for word in args.words:
+    if not any(word in command for command in commands):
+      parser.error(f"{word}: on a {device} there are {'; '.join(commands)}")
   pythons = {"compare": [f"--python-peer={args.python_peer}"], "input": [
     f"--python-torch={args.python_peer}", *([f"--python-tf={args.python_tf}"] if args.python_tf
                                             else [])]}
   name_of_machine = compare.cpu_name() if device == "cpu" else subprocess.run(
     ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i0"], text=True,
     capture_output=True).stdout.strip()
-  for command in COMMANDS[device]:
-    command = command.format(cores=os.cpu_count())
-    name = command.split(".py")[0]
-    if args.names and name not in args.names:
+  for command in commands:
+    if args.words and not any(word in command for word in args.words):
       continue
+    name = command.split(".py")[0]
     print(f"python benchmarks/{command}", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, *f"benchmarks/{command}".split(),
                            *pythons.get(name, [])], cwd=compare.ROOT, text=True,
