@@ -2,8 +2,9 @@
 
   python benchmarks/results.py [--python-peer=PYTHON] [--python-tf=PYTHON] [input "threads=1" ...]
 
-With words, only the commands that contain one of them: a section is replaced where this machine has it, and appended where not. A
-quiet machine is needed. PYTHON is one with torch and Pillow, or with tensorflow-cpu.
+With words, only the commands that contain one of them: a section is replaced where this machine has
+it, and appended where not. A quiet machine is needed. PYTHON is one with torch and Pillow, or with
+tensorflow-cpu.
 """
 
 import argparse
