@@ -23,7 +23,7 @@ from benchmarks import compare
 PAGE = compare.ROOT / "benchmarks/RESULTS.md"
 COMMANDS = {  # device -> what it is measured by
   "cpu": ("compare.py --threads=1 --steps=5", "compare.py --threads={cores}",
-          "compare.py --models=mae_l16_masks --batch=4 --steps=3 --threads={cores}",
+          "compare.py --models=mae_l16_masks --batch=4 --steps=3 --threads=1",
           "input.py", "sampling.py", "scaling.py"),
   "gpu": ("compare.py", "compare.py --compile", "sampling.py")}
 START = """# Results
