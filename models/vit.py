@@ -73,8 +73,8 @@ class PatchEmbed(nn.Module):
   @nn.compact
   def __call__(self, patches):
     init = nn.initializers.xavier_uniform() if self.fused_init else nn.initializers.lecun_normal()
-    return layers.Dense(self.width, use_bias=self.use_bias, kernel_init=init, dtype=self.dtype,
-                        name="projection")(patches.astype(self.dtype))       # b n d
+    return nn.Dense(self.width, self.use_bias, kernel_init=init, dtype=self.dtype,
+                    name="projection")(patches.astype(self.dtype))           # b n d
 
 
 class Positions(nn.Module):
