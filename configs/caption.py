@@ -33,6 +33,7 @@ def get_config(variant: str = ""):
 def embedded(config, smoke: bool):
   """Letters with their Unicode names and styles; tested on font families never seen."""
   config.total_steps, config.eval_every_steps = 1500, 0
+  config.expect = "exact match 0.56 +- 0.01 on unseen font families, nearest image in pixels 0.04"
   config.model = dict(name="caption", patch=8, width=128, depth=4, heads=4, mlp_dim=512,
                       pool="mean", positions="sincos2d", text_width=128, text_depth=2, text_heads=4)
   config.data = dict(source="glyphs/letters", batch_size=128, tokenizer="bpe", vocab_size=512,
@@ -42,6 +43,7 @@ def embedded(config, smoke: bool):
   config.schedule = dict(name="cosine", warmup_steps=100)
   config.evals = dict(captions=dict(baselines=("pixels",)))
   if smoke:
+    config.expect = ""
     config.total_steps, config.eval_every_steps, config.log_every_steps = 6, 3, 2
     config.model.update(width=32, depth=2, heads=2, mlp_dim=64, text_width=32, text_depth=1,
                         text_heads=2)

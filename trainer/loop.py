@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -86,6 +87,14 @@ def jitted_step(recipe, shardings):
   return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(recipe.mesh)),
                  out_shardings=(shardings, sharding.replicated(recipe.mesh)), donate_argnums=0,
                  compiler_options=sharding.compiler_options(recipe.mesh))
+
+
+def compiled_step(recipe, abstract, shardings):
+  """`jitted_step` compiled for the shapes of `abstract_state` and of the recipe's batches."""
+  rows = sharding.batch_sharding(recipe.mesh)
+  batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows),
+                       recipe.data.spec)
+  return jitted_step(recipe, shardings).lower(abstract, batch).compile()
 
 
 def abstract_state(recipe, init: Callable | None = None):
@@ -177,6 +186,9 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     keep_tokenizer(workdir / checkpoints.TOKENIZER, recipe.data.tokenizer.to_json())
   store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
                        metadata=facts)
+  compiler = ThreadPoolExecutor(1)  # beside what is done until the first step
+  compiling = compiler.submit(compiled_step, recipe, abstract, shardings)
+  compiler.shutdown(wait=False)
   restored = store.restore(abstract)
   if restored:
     state, saved_facts = restored
@@ -188,7 +200,6 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
   start = int(state.step)
 
   # --- What runs on the mesh, and what tells of it ------------------------------------------------
-  step_fn = jitted_step(recipe, shardings)
   evaluate = evaluation.make_evaluate(
     recipe, workdir, weights_of(recipe, init, shardings, lambda: state))
   batches = recipe.data.train(start, recipe.total, sharding.local_rows(batch_size, mesh))
@@ -265,12 +276,11 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     to_log = None
     for step in range(start + 1, recipe.total + 1):
       batch = timed("input wait", next_batch)
-      before = time.monotonic()
+      step_fn = timed("compilation", compiling.result)  # waited for at the first step alone
       with jax.transfer_guard("disallow"):
         state, metrics = step_fn(state, batch)
-      if step == start + 1:  # the first call compiles
+      if step == start + 1:
         jax.block_until_ready(metrics)
-        spent["compilation"] = time.monotonic() - before
         report.restart_clock(step)
       unchecked.append((step, metrics))
       if to_log:  # fetched only now that the next step is running: the device never waits for it

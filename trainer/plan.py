@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from trainer import loop, sharding
+from trainer import loop
 
 
 class Chip(NamedTuple):
@@ -117,10 +117,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 def compile_step(recipe):
   """(compiled training step, abstract state) of a recipe on its mesh, real or not."""
   state, shardings = loop.abstract_state(recipe)
-  rows = sharding.batch_sharding(recipe.mesh)
-  batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows),
-                       recipe.data.spec)
-  return loop.jitted_step(recipe, shardings).lower(state, batch).compile(), state
+  return loop.compiled_step(recipe, state, shardings), state
 
 
 def plan(recipe, topology: str) -> dict:
