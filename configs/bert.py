@@ -1,9 +1,10 @@
-"""Masked language modelling: an encoder of texts that tells which tokens were hidden from it.
+r"""Masked language modelling: an encoder of texts that tells which tokens were hidden from it.
 
   python train.py --config=configs/bert.py           the names of the embedded letters, minutes on
                                                      two CPU cores
   python train.py --config=configs/bert.py:smoke     the same in seconds
-  python train.py --config=configs/bert.py --config.data.source=lines:PATH.txt
+  python train.py --config=configs/bert.py --config.data.source=lines:PATH.txt \
+    --config.evals.masked_text.split=test
 
 reads any file of texts, one a line. UniLM's mix of attention masks: --config.method.masks=unilm. A
 text tower of configs/clip.py starts from such a run by --config.init.text_run=DIR.
