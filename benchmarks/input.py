@@ -34,15 +34,13 @@ from PIL import Image
 
 from benchmarks import compare as beside
 from benchmarks import worker
+from benchmarks.peers.input import AREA, BATCH, MEAN, RATIO, SIZE, STD
 from trainer import environment
 
 PEER = "benchmarks/peers/input.py"
 SIDES = {  # case -> the sides beside ours; the Python of a side is that of its first word
   "memory": ("grain", "tf.data", "torch"),
   "jpeg": ("grain", "tf.data", "tf.data, bilinear", "torch", "torch, tensors")}
-BATCH = {"memory": 256, "jpeg": 64}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AREA, RATIO, SIZE = (0.08, 1.0), (3 / 4, 4 / 3), 224
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

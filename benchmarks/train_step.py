@@ -61,13 +61,14 @@ def prepare(config) -> Prepared:
 
   from trainer import loop, recipe, sharding
   built = recipe.build(config, data=recipe.stand_in(config))
-  abstract, shardings = loop.abstract_state(built)
+  init = loop.initial_state(built)
+  abstract, shardings = loop.abstract_state(built, init)
   batch = sharding.to_device(noise(built.data.spec, built.config), config.data.batch_size,
                              built.mesh)
   began = time.perf_counter()
-  compiled = loop.jitted_step(built, shardings).lower(abstract, batch).compile()
+  compiled = loop.compiled_step(built, abstract, shardings)
   compilation = time.perf_counter() - began
-  state = jax.jit(loop.initial_state(built), out_shardings=shardings)()
+  state = jax.jit(init, out_shardings=shardings)()
 
   def step():
     nonlocal state

@@ -186,10 +186,12 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     keep_tokenizer(workdir / checkpoints.TOKENIZER, recipe.data.tokenizer.to_json())
   store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
                        metadata=facts)
-  compiler = ThreadPoolExecutor(1)  # beside what is done until the first step
-  compiling = compiler.submit(compiled_step, recipe, abstract, shardings)
-  compiler.shutdown(wait=False)
   restored = store.restore(abstract)
+  start = int(restored[0].step) if restored else 0
+  if start < recipe.total:
+    compiler = ThreadPoolExecutor(1)  # beside what is done until the first step
+    compiling = compiler.submit(compiled_step, recipe, abstract, shardings)
+    compiler.shutdown(wait=False)
   if restored:
     state, saved_facts = restored
     check_same_data(workdir, saved_facts, facts)
@@ -197,7 +199,6 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     state = jax.jit(init, out_shardings=shardings,
                     compiler_options=sharding.compiler_options(mesh))()
     state = transfer.put(state, taken) if taken else state
-  start = int(state.step)
 
   # --- What runs on the mesh, and what tells of it ------------------------------------------------
   evaluate = evaluation.make_evaluate(
