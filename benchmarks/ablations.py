@@ -1,27 +1,35 @@
 """Trains the default supervised recipe with one choice of the Transformer changed, and tabulates.
 
   python benchmarks/ablations.py [--seeds=3] [--steps=N] [--only=SwiGLU,...] [--root=runs/ablations]
+                                 [--jobs=1] [--data_dir=DIR]
 
-For each choice: its parameters, top-1 on font families never seen (mean and range over seeds) and
-the time of a training step beside the default's, the two taking turns in one process. Without
---steps the recipe is trained as long as it is. A run that is finished in --root is not repeated.
-Prints a table in Markdown.
+For each choice: its parameters, top-1 on font families never seen (mean, standard deviation and
+range over seeds), and its steps a second, also as a multiple of the default's, the two taking turns
+in one process. Without --steps the recipe is trained as long as it is. --jobs runs train at a time,
+each on its share of the cores. A run that is finished in --root is not repeated. Prints the table
+in Markdown; with all choices it replaces README's.
 """
 
 import argparse
 import difflib
 import json
+import os
+import queue
+import shutil
 import statistics
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import train_step
+from benchmarks import sampling, train_step
+from configs.vit import get_config
 from trainer import environment
 
+START, END = "<!-- ablations -->", "<!-- end of ablations -->"
+METRIC = "eval/classification/top1"
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/vit.py"
 CHOICES = {  # row of the table -> what is changed
@@ -50,27 +58,54 @@ CHOICES = {  # row of the table -> what is changed
   "2-D ALiBi": {"model.positions": "alibi"},
   "window of 2": {"model.window": 2},
   "early convolutions": {"model.patch_stem": "early_conv"},
+  "ResNet stem": {"model.patch_stem": "resnet"},
 }
 
 
 def overrides(name: str, seed: int, steps: int | None) -> dict:
-  length = {} if steps is None else {"total_steps": steps, "eval_every_steps": steps,
-                                     "schedule.warmup_steps": max(1, steps // 26)}
-  return {**CHOICES[name], **length, "seed": seed}
+  """What differs from the recipe; the warm-up keeps its share of a run of another length."""
+  recipe = get_config()
+  steps = steps or recipe.total_steps
+  warmup = recipe.schedule.warmup_steps * steps // recipe.total_steps
+  return {**CHOICES[name], "total_steps": steps, "eval_every_steps": steps, "seed": seed,
+          "schedule.warmup_steps": max(1, warmup)}
 
 
-def train(name: str, seed: int, steps: int | None, root: Path, data_dir: str | None) -> float:
+def train(name: str, seed: int, args, cores: list[int]) -> float:
   """Top-1 of a run at its end; trains it if that is not there."""
-  workdir = root / f"{name.replace(' ', '_')}_{seed}"
-  metrics = workdir / "metrics.jsonl"
-  command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}",
-             *([f"--data_dir={data_dir}"] if data_dir else []),
-             *(f"--config.{key}={value}" for key, value in overrides(name, seed, steps).items())]
+  workdir = args.root.resolve() / f"{name.replace(' ', '_')}_{seed}"
+  pinned = ["taskset", "-c", ",".join(map(str, cores))] if args.jobs > 1 else []
+  command = [*pinned, sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}",
+             *([f"--data_dir={args.data_dir}"] if args.data_dir else []),
+             *(f"--config.{k}={v}" for k, v in overrides(name, seed, args.steps).items())]
   done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
   if done.returncode:
     raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-  rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-  return [row["eval/classification/top1"] for row in rows if "eval/classification/top1" in row][-1]
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  top1 = [row[METRIC] for row in rows if METRIC in row][-1]
+  print(f"{name}, seed {seed}: {top1:.3f}", file=sys.stderr, flush=True)
+  return top1
+
+
+def train_all(names: list[str], args) -> dict[str, list[float]]:
+  """Top-1 of each choice by seed. The first run goes alone: it prepares the data."""
+  cores, free = sorted(os.sched_getaffinity(0)) if args.jobs > 1 else [], queue.SimpleQueue()
+  for job in range(args.jobs):
+    free.put(cores[job::args.jobs])
+
+  def one(name, seed):
+    share = free.get()
+    try:
+      return train(name, seed, args, share)
+    finally:
+      free.put(share)
+
+  # All choices with one seed before the next seed: what is there when it is stopped compares.
+  runs = [(name, seed) for seed in range(args.seeds) for name in names]
+  found = [one(*runs[0])]
+  with ThreadPoolExecutor(args.jobs) as pool:
+    found += pool.map(one, *zip(*runs[1:])) if runs[1:] else []
+  return {name: found[i::len(names)] for i, name in enumerate(names)}
 
 
 def prepare(name: str):
@@ -79,17 +114,14 @@ def prepare(name: str):
     key: str(value) for key, value in CHOICES[name].items()}))
 
 
-def cost(name: str, rounds: int = 12) -> tuple[int, float]:
-  """(parameters, median ratio of a step's processor time to the default's)."""
-  sides, ratios = [prepare(name), prepare("default")], []
-  for i in range(rounds + 2):
-    spent = []
-    for side in sides:
-      began = time.process_time()
-      side.step()
-      spent.append(time.process_time() - began)
-    ratios += [spent[0] / spent[1]] if i >= 2 else []
-  return train_step.facts(sides[0])["parameters"], statistics.median(ratios)
+def row(name: str, values: list[float], rounds: int = 12) -> str:
+  prepared = prepare(name)
+  taken = sampling.seconds({"this": prepared.step, "default": prepare("default").step}, rounds)
+  deviation = statistics.stdev(values) if len(values) > 1 else 0
+  changed = ", ".join(f"`{key}={value}`" for key, value in CHOICES[name].items())
+  return (f"| {name} | {changed} | {train_step.facts(prepared)['parameters']:,} | "
+          f"{statistics.mean(values):.3f} ± {deviation:.3f} | {min(values):.3f} to "
+          f"{max(values):.3f} | {1 / taken['this']:.1f} | {taken['default'] / taken['this']:.2f} |")
 
 
 def main() -> int:
@@ -97,29 +129,33 @@ def main() -> int:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--steps", type=int, help="of each run; default the recipe's")
-  parser.add_argument("--only", default=",".join(CHOICES), help="rows, with commas between")
+  parser.add_argument("--only", help="rows, with commas between")
   parser.add_argument("--root", type=Path, default=ROOT / "runs/ablations")
+  parser.add_argument("--jobs", type=int, default=1, help="runs at a time (more need taskset)")
   parser.add_argument("--data_dir")
   args = parser.parse_args()
-  names = args.only.split(",")
+  if min(args.seeds, args.jobs, args.steps or 1) < 1:
+    parser.error("--seeds, --steps and --jobs are at least 1")
+  if args.jobs > 1 and (not shutil.which("taskset") or args.jobs > len(os.sched_getaffinity(0))):
+    parser.error(f"--jobs={args.jobs}: needs taskset (util-linux) and as many cores")
+  names = args.only.split(",") if args.only else list(CHOICES)
   for name in names:
     if name not in CHOICES:
       close = difflib.get_close_matches(name, CHOICES, 1)
       parser.error(f"--only: {name!r} is no row" + (f"; did you mean {close[0]!r}?" if close else
                                                     f" ({', '.join(CHOICES)})"))
-  # All choices with one seed before the next seed: what is there when it is stopped compares.
-  found = {name: [] for name in names}
-  for seed in range(args.seeds):
-    for name in names:
-      found[name].append(train(name, seed, args.steps, args.root.resolve(), args.data_dir))
-      print(f"{name}, seed {seed}: {found[name][-1]:.3f}", file=sys.stderr, flush=True)
+  found = train_all(names, args)
   environment.prepare(argparse.Namespace(distributed=False, coordinator=None))
-  print(f"| {CONFIG} with | parameters | top-1, unseen families | range | step time |\n"
-        "|---|---|---|---|---|")
-  for name, values in found.items():
-    parameters, ratio = cost(name)
-    print(f"| {name} | {parameters:,} | {statistics.mean(values):.3f} | {min(values):.3f} to "
-          f"{max(values):.3f} | {ratio:.2f} |", flush=True)
+  lines = ["| | changed | parameters | top-1 | range | steps/s | speed |", "|" + "---|" * 7]
+  lines += [row(name, values) for name, values in found.items()]
+  print("\n".join(lines))
+  if not args.only:
+    readme = (ROOT / "README.md").read_text()
+    before, after = readme.split(START)[0], readme.split(END)[1]
+    steps = args.steps or get_config().total_steps
+    told = (f"Runs of {steps:,} steps, {args.seeds} seeds. `speed` is that of a training step "
+            "beside the default's.")
+    (ROOT / "README.md").write_text("\n".join([before + START, told, "", *lines, END + after]))
   return 0
 
 

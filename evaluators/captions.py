@@ -1,6 +1,5 @@
 """Captions that a method writes, against those there are: exact match, words in common, BLEU."""
 
-import difflib
 import itertools
 import re
 import warnings
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sacrebleu import corpus_bleu
 
-from evaluators import distances, pictures, retrieval
+from evaluators import checks, distances, pictures, retrieval
 
 BASELINES = ("pixels",)
 WRONG = "tab:red"
@@ -77,16 +76,9 @@ def evaluate(context, split: str | None = None, limit: int | None = None, baseli
   Raises:
     ValueError: a number out of range, an unknown baseline, data without captions.
   """
-  for field, value, least in (("limit", limit, 1), ("examples", examples, 0)):
-    if value is not None and value < least:
-      raise ValueError(f"evals.captions.{field} = {value} must be at least {least}")
-  for name in baselines:
-    if name not in BASELINES:
-      near = difflib.get_close_matches(str(name), BASELINES, 1, 0)
-      raise ValueError(f"evals.captions.baselines: {name!r} is not one of {BASELINES}; did you "
-                       f"mean {near[0]!r}?")
-  if context.detokenize is None:
-    raise ValueError("evals.captions needs captions: set data.tokenizer, for data that has them")
+  checks.at_least("captions", limit=(limit, 1), examples=(examples, 0))
+  checks.all_known("captions", "baselines", baselines, BASELINES)
+  checks.has_texts("captions", context)
   split = split or context.eval_split
   ids, batch = context.collect("caption", split, "captions", "num_captions", limit=limit)
   captions = [context.detokenize(row) for row in ids]

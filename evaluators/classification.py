@@ -7,6 +7,8 @@ import optax
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from evaluators import checks
+
 
 def num_classes(context, evaluator):
   """Number of classes of the data; a ValueError naming `evaluator` where it has no labels."""
@@ -86,8 +88,7 @@ def evaluate(context, pairs: int = 25):
   Raises:
     ValueError: `pairs` below 0, data without labels.
   """
-  if pairs < 0:
-    raise ValueError(f"evals.classification.pairs = {pairs} must be at least 0")
+  checks.at_least("classification", pairs=(pairs, 0))
   classes = num_classes(context, "classification")
   logits, batch = context.collect("logits", context.eval_split, "label", params="trained")
   loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])

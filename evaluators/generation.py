@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from evaluators import distances, retrieval, samples
+from evaluators import checks, distances, retrieval, samples
 from models import inception
 
 log = logging.getLogger("vitrine")
@@ -53,10 +53,8 @@ def evaluate(context, predictions=("sample",), count: int | None = None, guidanc
   """
   if isinstance(predictions, str) or not predictions:
     raise ValueError(f"evals.generation.predictions = {predictions!r} must be a tuple of names")
-  for field, value, least in (("count", count, 2), ("limit", limit, 2), ("k", k, 1),
-                              ("examples", examples, 0), ("neighbours", neighbours, 1)):
-    if value is not None and value < least:
-      raise ValueError(f"evals.generation.{field} = {value} must be at least {least}")
+  checks.at_least("generation", count=(count, 2), limit=(limit, 2), k=(k, 1),
+                  examples=(examples, 0), neighbours=(neighbours, 1))
   embed = make_embed(context, features)
   train, labels = real_images(context, context.train_split, limit)
   held_out, _ = real_images(context, context.eval_split, limit)

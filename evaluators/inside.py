@@ -1,6 +1,5 @@
 """A look inside a network: figures of its attention, positions, filters, tokens and features."""
 
-import difflib
 import math
 import textwrap
 
@@ -9,7 +8,7 @@ import numpy as np
 from einops import rearrange
 from matplotlib.figure import Figure
 
-from evaluators import distances, pictures, retrieval
+from evaluators import checks, distances, pictures, retrieval
 
 NEEDS = {  # figure -> the prediction that it shows
   "attention": "attention_layers", "rollout": "attention_layers", "distance": "attention_layers",
@@ -183,17 +182,12 @@ def evaluate(context, figures=None, examples: int = 6, images: int = 128, neighb
   Raises:
     ValueError: numbers out of range, no such figure, or one that does not apply.
   """
-  for field, value, least in (("examples", examples, 1), ("images", images, 1),
-                              ("neighbours", neighbours, 1), ("limit", limit, 1)):
-    if value is not None and value < least:
-      raise ValueError(f"evals.inside.{field} = {value} must be at least {least}")
+  checks.at_least("inside", examples=(examples, 1), images=(images, 1),
+                  neighbours=(neighbours, 1), limit=(limit, 1))
   needs = {**NEEDS, "neighbours": features}
   figures = (figures,) if isinstance(figures, str) else figures
+  checks.all_known("inside", "figures", figures or (), needs)
   for name in figures or ():
-    if name not in needs:
-      near = difflib.get_close_matches(str(name), needs, 1, 0)
-      raise ValueError(f"evals.inside.figures: {name!r} is not one of {', '.join(needs)}; did you "
-                       f"mean {near[0]!r}?")
     if needs[name] not in context.predictions:
       raise ValueError(f"evals.inside.figures: {name!r} needs the prediction {needs[name]!r}, "
                        "which this method has not on this network")

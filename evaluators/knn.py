@@ -1,13 +1,12 @@
 """Weighted k-nearest-neighbour classification of frozen features (Wu et al., 1805.01978, 3.4)."""
 
-import difflib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evaluators import classification
+from evaluators import checks, classification
 
 BASELINES = ("untrained", "pixels")
 
@@ -27,11 +26,7 @@ def per_representation(context, evaluator, score, features, baselines, limit):
     Metrics; a baseline's begin with "untrained/" or "pixels/".
   """
   classes = classification.num_classes(context, evaluator)
-  for name in baselines:
-    if name not in BASELINES:
-      near = difflib.get_close_matches(str(name), BASELINES, 1, 0)
-      raise ValueError(f"evals.{evaluator}.baselines: {name!r} is not one of {BASELINES}; "
-                       f"did you mean {near[0]!r}?")
+  checks.all_known(evaluator, "baselines", baselines, BASELINES)
   metrics = {}
   for source in ("trained", *baselines):
     name, params = ("pixels", None) if source == "pixels" else (features, source)

@@ -1,11 +1,12 @@
 """How well the hidden tokens of texts are told, beside the share of each token in training."""
 
-import difflib
 import textwrap
 import warnings
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from evaluators import checks
 
 BASELINES = ("unigram",)
 RIGHT, WRONG = "tab:green", "tab:red"
@@ -53,16 +54,9 @@ def evaluate(context, split: str | None = None, limit: int | None = None, baseli
   Raises:
     ValueError: a number out of range, an unknown baseline, data without texts.
   """
-  for field, value, least in (("limit", limit, 1), ("examples", examples, 0)):
-    if value is not None and value < least:
-      raise ValueError(f"evals.masked_text.{field} = {value} must be at least {least}")
-  for name in baselines:
-    if name not in BASELINES:
-      near = difflib.get_close_matches(str(name), BASELINES, 1, 0)
-      raise ValueError(f"evals.masked_text.baselines: {name!r} is not one of {BASELINES}; did you "
-                       f"mean {near[0]!r}?")
-  if context.detokenize is None:
-    raise ValueError("evals.masked_text needs texts: set data.tokenizer, for data that has them")
+  checks.at_least("masked_text", limit=(limit, 1), examples=(examples, 0))
+  checks.all_known("masked_text", "baselines", baselines, BASELINES)
+  checks.has_texts("masked_text", context)
   split = split or context.eval_split
   out, batch = context.collect("masked", split, "text", limit=limit)
   chosen, ids = out["chosen"], np.take_along_axis(batch["text"], out["places"], 1)  # n m

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from evaluators import checks
+
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction and\nvisible patches")
 
 
@@ -36,8 +38,7 @@ def evaluate(context, examples=8, prediction="reconstruct", ratios=()):
   Raises:
     ValueError: `examples` below 1, a ratio that leaves no patch or removes none.
   """
-  if examples < 1:
-    raise ValueError(f"evals.reconstruction.examples={examples} must be at least 1")
+  checks.at_least("reconstruction", examples=(examples, 1))
   if not isinstance(ratios, (tuple, list)) or not all(0 < ratio < 1 for ratio in ratios):
     raise ValueError(f"evals.reconstruction.ratios={ratios} must be a tuple of numbers in (0, 1)")
   pixels, batch = context.collect(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from evaluators import checks
+
 TOLERANCE = 1e-6  # similarities of unit vectors that differ by less differ by rounding alone
 RIGHT = "tab:green"
 
@@ -137,14 +139,10 @@ def evaluate(context, split: str | None = None, ks=(1, 5, 10), limit: int | None
   Raises:
     ValueError: a number out of range, data without captions, a bad `unique`.
   """
-  for field, value, least in (("limit", limit, 1), ("examples", examples, 0),
-                              ("gallery", gallery, 1)):
-    if value is not None and value < least:
-      raise ValueError(f"evals.retrieval.{field}={value} must be at least {least}")
+  checks.at_least("retrieval", limit=(limit, 1), examples=(examples, 0), gallery=(gallery, 1))
   if not isinstance(ks, (tuple, list)) or not ks or any(type(k) is not int or k < 1 for k in ks):
     raise ValueError(f"evals.retrieval.ks={ks} must be a tuple of whole numbers, at least 1")
-  if context.detokenize is None:
-    raise ValueError("evals.retrieval needs captions: set data.tokenizer, for data that has them")
+  checks.has_texts("retrieval", context)
   try:
     re.compile(unique or "")
   except re.error as error:

@@ -7,7 +7,7 @@ import numpy as np
 from einops import rearrange
 from matplotlib.figure import Figure
 
-from evaluators import knn, pictures
+from evaluators import checks, knn, pictures
 
 
 def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), rows: int = 10,
@@ -39,9 +39,8 @@ def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), ro
   Raises:
     ValueError: numbers out of range.
   """
-  if min(per_class, count, path) < 0 or min(rows, k) < 1:
-    raise ValueError(f"evals.samples: per_class = {per_class}, count = {count}, path = {path}, "
-                     f"rows = {rows} and k = {k} must be at least 0, 0, 0, 1 and 1")
+  checks.at_least("samples", per_class=(per_class, 0), count=(count, 0), path=(path, 0),
+                  rows=(rows, 1), k=(k, 1))
   classes, metrics = context.info.num_classes, {}
   shown = np.unique(np.linspace(0, max(classes - 1, 0), rows).round().astype(int))
   names = [str((context.info.class_names or range(classes))[i]) for i in shown] if classes else None

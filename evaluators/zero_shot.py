@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from evaluators import classification, retrieval
+from evaluators import checks, classification, retrieval
 
 
 def parse_classes(classes):
@@ -75,10 +75,8 @@ def evaluate(context, classes=None, templates=("{}",), split: str | None = None,
   if len(names) != expected:
     raise ValueError(f"evals.zero_shot.classes has {len(names)} names, but the data has {expected} "
                      "classes")
-  if examples < 0:
-    raise ValueError(f"evals.zero_shot.examples={examples} must be at least 0")
-  if context.tokenize is None:
-    raise ValueError("evals.zero_shot needs captions: set data.tokenizer, for data that has them")
+  checks.at_least("zero_shot", examples=(examples, 0))
+  checks.has_texts("zero_shot", context)
   split = split or context.eval_split
   embeddings = class_embeddings(
       lambda prompts: retrieval.embed_text(context.predict, context.tokenize(prompts)),

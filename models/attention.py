@@ -47,6 +47,8 @@ class Attention(nn.Module):
       cache: (key, value), each [b, n, k, d/k], of which x has the tokens from `index` on: they
         are written there, and what is returned is ([b, q, d], the cache).
     """
+    if self.qk_norm and self.norm == "none":
+      raise ValueError("model.qk_norm = True needs a norm: model.norm = 'none'")
     width = (memory if x is None else x).shape[-1]
     head_dim = width // self.heads
     fan = dict(in_axis=0, out_axis=(1, 2, 3)) if self.fused_init else dict(

@@ -7,35 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from models import backbones, text, vit
-from models.positions import FIXED
 from models.transformer import Style, Transformer, choices
 
 
-class TextDecoder(Style):
+class TextDecoder(text.TextStyle):
   """The next token of a text, by the tokens before it and those of an image.
 
   A text is read one place late, with `pad_id` before its first token (as in T5, 1910.10683). The
   table of embeddings is that of the output too (1608.05859).
   """
 
-  vocab_size: int
-  context: int  # tokens, at most
-  eos_id: int  # of the end-of-text token
-  pad_id: int  # of what fills up the context
-  width: int
-  depth: int
-  heads: int
-  mlp_dim: int
-  positions: str = dataclasses.field(default="learned", kw_only=True)  # one of text.CHOICES
-
   def setup(self):
-    self.embed = nn.Embed(self.vocab_size, self.width, dtype=self.dtype,
-                          embedding_init=nn.initializers.normal(0.02))
-    self.table = None
-    if self.positions == "learned":
-      self.table = self.param("position", nn.initializers.normal(0.01), (self.context, self.width))
-    elif self.positions in FIXED:
-      self.table = FIXED[self.positions]((self.context,), self.width)
+    self.embed, self.table = self.make_embed(), self.make_positions()
     self.transformer = Transformer(self.depth, self.heads, self.mlp_dim, causal=True, cross=True,
                                    grid=(self.context,), **choices(self, Style))
 
@@ -58,8 +41,7 @@ class TextDecoder(Style):
     With `return_weights` also what of the memory each is predicted by, in the last block:
     [b, k, l, n]. Raises ValueError on texts longer than the context.
     """
-    if ids.shape[1] > self.context:
-      raise ValueError(f"texts of {ids.shape[1]} tokens: model.context is {self.context}")
+    self.check(ids.shape[1])
     before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=self.pad_id)
     x = self.transformer(self.embedded(before), memory=memory, train=train,
                          return_weights=return_weights)

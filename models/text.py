@@ -32,8 +32,8 @@ def clip_kernels(rng, blocks):
   return unflatten_dict(blocks, sep="/")
 
 
-class TextTower(Style):
-  """`__call__` gives (pooled features, named intermediates), as `models.vit.ViT`."""
+class TextStyle(Style):
+  """What networks of texts have in common: their tokens' ids, their sizes, their positions."""
 
   vocab_size: int
   context: int  # tokens, at most
@@ -43,6 +43,36 @@ class TextTower(Style):
   depth: int
   heads: int
   mlp_dim: int
+  positions: str = dataclasses.field(default="learned", kw_only=True)  # one of CHOICES
+
+  @nn.nowrap
+  def make_embed(self, name: str | None = None):
+    """The table of token embeddings."""
+    return nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name=name,
+                    embedding_init=nn.initializers.normal(0.02))
+
+  @nn.nowrap
+  def make_positions(self):
+    """What is added to the tokens of a text, [context, d]; None where nothing is."""
+    if self.positions == "learned":
+      return self.param("position", nn.initializers.normal(0.01), (self.context, self.width))
+    if self.positions in positions.FIXED:
+      return positions.FIXED[self.positions]((self.context,), self.width)
+    return None
+
+  @nn.nowrap
+  def check(self, length: int):
+    """Raises ValueError on positions that texts have not, and on texts longer than the context."""
+    if self.positions not in CHOICES["positions"]:
+      raise ValueError(f"model.text_positions = {self.positions!r}: expected one of "
+                       + ", ".join(CHOICES["positions"]))
+    if length > self.context:
+      raise ValueError(f"texts of {length} tokens: model.context is {self.context}")
+
+
+class TextTower(TextStyle):
+  """`__call__` gives (pooled features, named intermediates), as `models.vit.ViT`."""
+
   pool: str = "eos"  # one of POOLS
   causal: bool = True  # a token sees those before it (CLIP), else all (SigLIP)
   mask_padding: bool = False  # hides padding from attention; published towers do not
@@ -50,7 +80,6 @@ class TextTower(Style):
   trained: int = 0  # as in `models.transformer.Transformer`
   embed_norm: bool = False  # norm, and dropout, of what is embedded (BERT)
   segments: int = 0  # kinds of segments that are told apart by an embedding (BERT: 2); 0: none
-  positions: str = dataclasses.field(default="learned", kw_only=True)  # one of CHOICES
 
   @nn.compact
   def __call__(self, ids, segments=None, mask=None, *, train: bool = False):
@@ -61,20 +90,12 @@ class TextTower(Style):
     without `eos_id` is pooled at its first token, as Hugging Face's CLIP does. Raises ValueError on
     texts longer than the context.
     """
-    if self.positions not in CHOICES["positions"]:
-      raise ValueError(f"model.text_positions = {self.positions!r}: expected one of "
-                       + ", ".join(CHOICES["positions"]))
     length = ids.shape[1]
-    if length > self.context:
-      raise ValueError(f"texts of {length} tokens: model.context is {self.context}")
-    x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02),
-                 dtype=self.dtype, name="embed")(ids)                        # b l d
-    if self.positions == "learned":
-      table = self.param("position", nn.initializers.normal(0.01), (self.context, self.width))
+    self.check(length)
+    x = self.make_embed("embed")(ids)                                        # b l d
+    table = self.make_positions()                                            # context d
+    if table is not None:
       x = x + table[None, :length].astype(self.dtype)
-    elif self.positions in positions.FIXED:
-      table = positions.FIXED[self.positions]((length,), self.width)
-      x = x + table[None].astype(self.dtype)
     if self.segments:
       table = self.param("segment", nn.initializers.normal(0.02), (self.segments, self.width))
       x = x + jnp.take(table, jnp.zeros_like(ids) if segments is None else segments,

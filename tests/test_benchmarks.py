@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import compare, results, sampling, scaling, train_step, worker
+from benchmarks import ablations, compare, results, sampling, scaling, train_step, worker
+from configs.vit import get_config
 from trainer import loop, recipe
 
 FACTS = {"parameters": 22_050_664, "flops": 2e11, "peak": 1e11}
@@ -167,3 +168,44 @@ def test_a_section_of_the_results_is_replaced_or_appended():
   assert page.startswith("# Results\n") and page.index("one") < page.index("## EPYC: `a` b\n\ntwo")
   again = results.replace(page, "EPYC: `a`", "three")
   assert again == page.replace("one", "three")
+
+
+def test_every_ablation_is_another_network_of_the_default_recipe():
+  """No row is the default by another name; gates have the parameters of what they replace."""
+  built = {}
+  for name, changed in ablations.CHOICES.items():
+    config = recipe.load_config(ablations.CONFIG, {k: str(v) for k, v in changed.items()})
+    prepared = uncompiled(config)
+    module = recipe.make_model(prepared.built.config)
+    for field, value in changed.items():
+      assert getattr(module, field.removeprefix("model.")) == value, name
+    built[name] = (repr(module), sum(x.size for x in jax.tree.leaves(prepared.abstract.params)))
+  assert len({text for text, _ in built.values()}) == len(built)
+  for name in "GLU", "Bilinear", "ReGLU", "GEGLU", "SwiGLU":
+    assert built[name][1] == pytest.approx(built["default"][1], rel=0.01)
+
+
+def test_ablations_keep_the_shape_of_the_recipe_and_of_the_table(monkeypatch, tmp_path, capsys):
+  full, half = (ablations.overrides("RMSNorm", 2, steps) for steps in (None, 1300))
+  whole = get_config()
+  assert full["total_steps"] == whole.total_steps == full["eval_every_steps"]
+  assert full["schedule.warmup_steps"] == whole.schedule.warmup_steps
+  share = whole.schedule.warmup_steps / whole.total_steps
+  assert half["schedule.warmup_steps"] == pytest.approx(1300 * share, abs=1)
+  assert full["model.norm"] == "rmsnorm" and full["seed"] == 2
+  monkeypatch.setattr(ablations, "train", lambda name, seed, args, cores: seed + len(name) / 100)
+  monkeypatch.setattr(train_step, "prepare", uncompiled)
+  monkeypatch.setattr(train_step, "facts", lambda prepared: {"parameters": 1234})
+  monkeypatch.setattr(sampling, "seconds", lambda runs, repeats: {"this": 0.5, "default": 0.25})
+  monkeypatch.setattr(ablations.environment, "prepare", lambda args: None)
+  monkeypatch.setattr(ablations, "ROOT", tmp_path)
+  (tmp_path / "README.md").write_text(f"before\n{ablations.START}\nold\n{ablations.END}\nafter\n")
+  monkeypatch.setattr(ablations, "CHOICES", {k: ablations.CHOICES[k] for k in ("default", "ReLU")})
+  monkeypatch.setattr("sys.argv", ["ablations.py"])
+  assert ablations.main() == 0
+  table = capsys.readouterr().out
+  assert ("| ReLU | `model.activation=relu` | 1,234 | 1.040 ± 1.000 | 0.040 to 2.040 | 2.0 | 0.50 |"
+          in table)
+  readme = (tmp_path / "README.md").read_text()
+  assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
+  assert table.strip() in readme

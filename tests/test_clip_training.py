@@ -70,6 +70,7 @@ def test_own_images_by_class_name(learned, data_dir, tmp_path, capsys):
 def test_the_tokenizer_comes_back_with_the_run(learned):
   run = load_run(learned)
   ids = run.tokenize(["digit one, serif", "digit two, serif"])
+  assert [run.detokenize(row) for row in ids] == ["digit one, serif", "digit two, serif"]
   chex.assert_shape(ids, (2, 24))
   embedding = run.predict("embed_text", {"text": ids})
   np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)

@@ -252,9 +252,9 @@ def test_figures_show_what_is_found(tmp_path, monkeypatch, channels, count):
     ({"ks": ()}, r"evals.retrieval.ks=\(\) must be"),
     ({"ks": 5}, "evals.retrieval.ks=5 must be"),
     ({"ks": (0, 1)}, r"evals.retrieval.ks=\(0, 1\) must be"),
-    ({"limit": 0}, "evals.retrieval.limit=0 must be at least 1"),
-    ({"examples": -1}, "evals.retrieval.examples=-1 must be at least 0"),
-    ({"gallery": 0}, "evals.retrieval.gallery=0 must be at least 1"),
+    ({"limit": 0}, "evals.retrieval.limit = 0 must be at least 1"),
+    ({"examples": -1}, "evals.retrieval.examples = -1 must be at least 0"),
+    ({"gallery": 0}, "evals.retrieval.gallery = 0 must be at least 1"),
     ({"unique": "["}, r"evals.retrieval.unique='\[' is no regular expression"),
     ({"unique": "dog"}, "evals.retrieval.unique='dog' does not match the caption 'thing"),
 ])
@@ -264,5 +264,5 @@ def test_bad_settings(tmp_path, settings, message):
 
 
 def test_without_captions(tmp_path):
-  with pytest.raises(ValueError, match="evals.retrieval needs captions: set data.tokenizer"):
+  with pytest.raises(ValueError, match="evals.retrieval needs texts: set data.tokenizer"):
     retrieval.evaluate(fake_context(tmp_path, CAPTIONS, 0.1, detokenize=None))

@@ -11,7 +11,7 @@ import pytest
 
 import evaluate
 import train
-from trainer import checkpoints, recipe
+from trainer import checkpoints, loop, recipe
 from trainer.logging import read_metrics
 
 SMOKES = ["configs/mae.py:smoke", "configs/vit.py:smoke", "configs/resnet.py:smoke",
@@ -156,6 +156,7 @@ def test_bfloat16_follows_float32(finished, run_train, tmp_path):
   (["--config.model.activation=gelo"], "did you mean 'gelu'"),
   (["--config.model.patch=5"], "model.patch = 5 does not divide the image size 16x16"),
   (["--config.model.heads=3"], "heads = 3 does not divide"),
+  (["--config.model.norm=none", "--config.model.qk_norm=true"], "qk_norm = True needs a norm"),
   (["--config.method.mask_ratio=1.5"], r"mask_ratio = 1.5: expected a number in \(0, 1\)"),
   (["--config.method.masking=blok"], "did you mean 'block'"),
   (["--config.data.source=glyph/letters"], "did you mean 'glyphs'"),
@@ -219,6 +220,18 @@ def test_undecodable_image_names_its_file(run_train, tmp_path, capsys):
   status = run_train(SMOKES[1], tmp_path / "run", f"--config.data.source=folder:{tmp_path}/images",
                      "--config.data.batch_size=8", "--config.evals.classification=none")
   assert status == 1 and "c.png" in capsys.readouterr().err
+
+
+def test_none_is_the_choice_of_that_name_where_a_model_has_one():
+  """It read as the default once: positions = none were learned ones."""
+  config = recipe.load_config("configs/vit.py:smoke", {
+    "model.positions": "none", "model.norm": "None", "model.class_token": "none"})
+  built = recipe.build(config, data=recipe.stand_in(config))
+  assert (built.config.model.positions, built.config.model.norm) == ("none", "none")
+  assert built.config.model.class_token is None
+  params = loop.abstract_state(built)[0].params
+  names = " ".join(jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params))
+  assert "position" not in names and "norm" not in names and "qkv_kernel" in names
 
 
 def test_overrides_of_durations_and_new_fields():

@@ -45,7 +45,7 @@ def fake_context(tmp_path, n=60, noise=0.4, channels=1, embeddings=None, **field
     return np.array([vector(decode(ids)) for ids in inputs["text"]], np.float32)
 
   return SimpleNamespace(**{**dict(
-      collect=collect, predict=predict, tokenize=encode, eval_split="val",
+      collect=collect, predict=predict, tokenize=encode, detokenize=str, eval_split="val",
       to_pixels=lambda x: x / 4 + 0.5,
       info=SimpleNamespace(num_classes=len(NAMES), class_names=NAMES), figures=tmp_path / "figures",
       step=7, images=images, batch=batch), **fields})
@@ -158,7 +158,7 @@ def test_figure_shows_the_likeliest_classes(tmp_path, monkeypatch, channels, exa
     ({"templates": ("a {}", "b")}, r"evals.zero_shot.templates=\['b'\]: each needs a '{}'"),
     ({"templates": "photo"}, r"evals.zero_shot.templates=\['photo'\]: each needs"),
     ({"templates": ()}, r"evals.zero_shot.templates=\(\): each needs"),
-    ({"examples": -1}, "evals.zero_shot.examples=-1 must be at least 0"),
+    ({"examples": -1}, "evals.zero_shot.examples = -1 must be at least 0"),
 ])
 def test_bad_settings(tmp_path, settings, message):
   context = fake_context(tmp_path)
@@ -170,5 +170,5 @@ def test_bad_settings(tmp_path, settings, message):
 def test_without_labels_or_captions(tmp_path):
   with pytest.raises(ValueError, match="evals.zero_shot needs labels"):
     zero_shot.evaluate(fake_context(tmp_path, info=SimpleNamespace(num_classes=0)))
-  with pytest.raises(ValueError, match="evals.zero_shot needs captions: set data.tokenizer"):
-    zero_shot.evaluate(fake_context(tmp_path, tokenize=None))
+  with pytest.raises(ValueError, match="evals.zero_shot needs texts: set data.tokenizer"):
+    zero_shot.evaluate(fake_context(tmp_path, detokenize=None))

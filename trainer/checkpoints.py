@@ -235,7 +235,8 @@ class Run(NamedTuple):
   step: int
   predict: Callable  # (name, batch, rng=None) -> NumPy; batch["image"] as `preprocess` gives it
   preprocess: Callable  # uint8 images [b, h, w, c] -> float32, resized and normalised
-  tokenize: Callable | None  # captions -> int32 [n, l]; None if the run has no text
+  tokenize: Callable | None  # texts -> int32 [n, l]; None if the run has none
+  detokenize: Callable | None  # int [l], one row -> its text
 
 
 def load_config(workdir) -> ConfigDict:
@@ -295,7 +296,7 @@ def load_run(workdir, step: int | None = None) -> Run:
     tokenizer = tokenizers.from_json(path.read_text())
     config.data.tokenizer = str(path)  # other captions would give another one
   return Run(config, method, params, extra, step, predict, preprocess,
-             tokenizer and tokenizer.encode)
+             tokenizer and tokenizer.encode, tokenizer and tokenizer.decode)
 
 
 def _shapes(checkpoints: Checkpoints, step: int) -> dict:

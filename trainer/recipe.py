@@ -216,7 +216,10 @@ def split_name(section: Mapping, field: str) -> tuple[str, dict]:
 
 
 def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) -> ConfigDict:
-  """Writes into the config what it leaves to the data: steps, and the FROM_DATA of its model."""
+  """Writes into the config what it leaves to the data: steps, and the FROM_DATA of its model.
+
+  A `none` of the command line is the choice "none" of a model that has one, not its default.
+  """
   config = ConfigDict(config.to_dict())
   total = total_steps(config, train_size)
   for unit in UNITS:
@@ -234,8 +237,11 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   model.channels = model.get("channels") or c
   if model.channels != c:
     raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
-  asked = inspect.signature(find_module("models", model.name, "config.model.name").make).parameters
-  for name in asked if tokenizer else ():
+  module = find_module("models", model.name, "config.model.name")
+  for name, allowed in getattr(module, "CHOICES", {}).items():
+    if "none" in allowed and name in model and model[name] is None:
+      model[name] = "none"
+  for name in inspect.signature(module.make).parameters if tokenizer else ():
     if name in FROM_TEXT:
       model[name] = getattr(tokenizer, name)
   model.num_classes = info.num_classes if model.get("num_classes") is None else model.num_classes
