@@ -44,14 +44,15 @@ def get_config(variant: str = ""):
 
 def embedded(config, smoke: bool):
   """Letters in the fonts of one family, tested on two families never seen."""
-  config.total_steps, config.eval_every_steps = 2600, 650
-  config.expect = "top-1 0.84 +- 0.01 on unseen font families"
+  config.total_steps, config.eval_every_steps = 1300, 650
+  config.expect = "top-1 0.85 +- 0.01 on unseen font families"
   config.model = dict(name="vit", patch=8, width=128, depth=4, heads=4, mlp_dim=512, pool="mean",
                       positions="sincos2d")
-  config.data = dict(source="glyphs/letters", batch_size=128)
+  config.data = dict(source="glyphs/letters", batch_size=64)
   config.augment = dict(affine=dict(degrees=5, translate=0.1, scale=(0.8, 1.15), shear=12))
-  config.optimizer = dict(name="adamw", lr=1e-3, b2=0.95, weight_decay=0.05, clip_norm=1.0)
-  config.schedule = dict(name="cosine", warmup_steps=100)
+  # AdamW at its best rate needs four times as many images for the same accuracy.
+  config.optimizer = dict(name="muon", lr=5e-3, ns_steps=3, weight_decay=0.05, clip_norm=1.0)
+  config.schedule = dict(name="cosine", warmup_steps=50)
   if smoke:
     config.expect = ""
     config.total_steps, config.eval_every_steps, config.log_every_steps = 6, 3, 2
