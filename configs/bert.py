@@ -50,7 +50,11 @@ def embedded(config, smoke: bool):
 
 
 def base(config):
-  """Appendix A.2, all steps on whole texts."""
+  """Appendix A.2, all steps on whole texts.
+
+  Dropout is of what branches give and of the MLP's hidden features; BERT's released code drops
+  attention weights in the place of the latter.
+  """
   config.dtype = "bfloat16"
   config.total_steps, config.checkpoint.every_steps = 1_000_000, 10_000
   config.log_every_steps, config.eval_every_steps = 50, 10_000

@@ -50,7 +50,7 @@ def embedded(config, smoke: bool):
                       positions="sincos2d")
   config.data = dict(source="glyphs/letters", batch_size=64)
   config.augment = dict(affine=dict(degrees=5, translate=0.1, scale=(0.8, 1.15), shear=12))
-  # AdamW at its best rate needs four times as many images for the same accuracy.
+  # AdamW (batch 128, rate 1e-3) took four times as many images to the same accuracy.
   config.optimizer = dict(name="muon", lr=5e-3, ns_steps=3, weight_decay=0.05, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=50)
   if smoke:

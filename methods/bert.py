@@ -57,6 +57,8 @@ def make(model, *, masks: str = "bert", mask_ratio: float = 0.15, mask_share: fl
        f"a number in [0, {1 - mask_share:.4g}], what mask_share leaves")):
     if not ok:
       raise ValueError(f"method.{name} = {value}: expected {allowed}")
+  if masks == "unilm" and own_tower.causal:
+    raise ValueError("method.masks = 'unilm' says who sees whom: it needs model.causal = False")
   if model.mask_id is None:
     raise ValueError("method.name = 'bert' needs a mask token, which the tokenizer has not: set "
                      "data.mask_token = True")
@@ -75,13 +77,14 @@ def make(model, *, masks: str = "bert", mask_ratio: float = 0.15, mask_share: fl
     most = max(1, round(mask_ratio * (ids.shape[1] - model.starts - 1)))
     order_key, how_key, token_key = jax.random.split(rng, 3)
     noise = jnp.where(own, jax.random.uniform(order_key, ids.shape), 2)
-    order = noise.argsort(1)
-    chosen = order.argsort(1) < count                                        # b l
+    places = noise.argsort(1)[:, :most]                                      # b m
+    taken = jnp.arange(most)[None] < count                                   # b m
+    chosen = jnp.put_along_axis(jnp.zeros_like(own), places, taken, 1, inplace=False)  # b l
     how = jax.random.uniform(how_key, ids.shape)
     other = jax.random.randint(token_key, ids.shape, 0, vocab_size, ids.dtype)
     given = jnp.select([~chosen | (how >= mask_share + random_share), how >= mask_share],
                        [ids, other], model.mask_id)
-    return {"masked": given, "places": order[:, :most], "chosen": jnp.arange(most)[None] < count}
+    return {"masked": given, "places": places, "chosen": taken}
 
   def draw(rng, batch):
     if "masked" in batch:

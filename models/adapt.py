@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from einops import rearrange
 
-from models import positions, resnet, vit
+from models import positions, resnet, text, vit
 
 
 def fields(network) -> dict:
@@ -24,11 +24,13 @@ def fields(network) -> dict:
 
 
 def text_fields(network) -> dict:
-  """What a text network was made with beside its defaults, without what its tokenizer says."""
-  of_tokenizer = ("vocab_size", "context", "eos_id", "pad_id")
-  return {f.name: getattr(network, f.name) for f in dataclasses.fields(network)
-          if f.name not in ("parent", "name", "dtype", *of_tokenizer)
-          and getattr(network, f.name) != f.default}
+  """What a text network was made with, defaults too: its parameters mean nothing else.
+
+  Left out is what another run may choose: the features that it takes, and how it is computed.
+  """
+  chosen = ("pool", "attention", "scan", "remat")
+  return {name: getattr(network, name) for name in text.fields_of(type(network), prefix="")
+          if name not in chosen}
 
 
 def adapt(params: dict, there, here) -> tuple[dict, dict[str, str]]:

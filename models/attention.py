@@ -10,11 +10,25 @@ import jax.numpy as jnp
 from models import kernels
 from models.layers import NORMS, Dense
 
+
+def cudnn(query, key, value, *, bias=None, mask=None):
+  """cuDNN's fused attention. Raises ValueError on what it cannot do (float32, some lengths)."""
+  if query.dtype == jnp.float32:
+    raise ValueError("model.attention = 'cudnn' needs config.dtype = 'bfloat16'")
+  if mask is not None:  # it takes one for all queries, but not one of size 1
+    mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+  bias = None if bias is None else bias.astype(query.dtype)
+  try:
+    return jax.nn.dot_product_attention(query, key, value, bias, mask, implementation="cudnn")
+  except NotImplementedError as error:
+    raise ValueError(f"model.attention = 'cudnn': {error}") from error
+
+
 ATTENTION: Mapping[str, Callable[..., jax.Array]] = {
   # (query [b, q, k, d], key and value [b, n, k, d], bias=..., mask=...) -> [b, q, k, d]
   "auto": kernels.attention,
   "xla": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
-  "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+  "cudnn": cudnn,
 }
 
 
@@ -47,8 +61,6 @@ class Attention(nn.Module):
       cache: (key, value), each [b, n, k, d/k], of which x has the tokens from `index` on: they
         are written there, and what is returned is ([b, q, d], the cache).
     """
-    if self.qk_norm and self.norm == "none":
-      raise ValueError("model.qk_norm = True needs a norm: model.norm = 'none'")
     width = (memory if x is None else x).shape[-1]
     head_dim = width // self.heads
     fan = dict(in_axis=0, out_axis=(1, 2, 3)) if self.fused_init else dict(

@@ -1,12 +1,10 @@
 """BERT (1810.04805): an encoder of texts that tells which tokens were hidden from it."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models import text, vit
-from models.layers import ACTIVATIONS
+from models import text
+from models.layers import ACTIVATIONS, GATES
 
 VARIANTS = {"BERT-base": dict(width=768, depth=12, heads=12),  # 1810.04805 sec. 3
             "BERT-large": dict(width=1024, depth=24, heads=16)}
@@ -38,17 +36,17 @@ class Bert(nn.Module):
     x = own(ids, segments, mask, train=train)[1]["tokens"]                   # b l d
     if places is not None:
       x = jnp.take_along_axis(x, places[:, :, None], axis=1)                 # b m d
-    x = self.head_norm(ACTIVATIONS[own.activation](self.head(x)))
+    gated = own.activation in GATES  # the head has no second branch to gate
+    x = self.head_norm(ACTIVATIONS["gelu" if gated else own.activation](self.head(x)))
     table = own.variables["params"]["embed"]["embedding"].astype(own.dtype)
     logits = jnp.einsum("bmd,vd->bmv", x, table, preferred_element_type=jnp.float32)
     return logits + self.bias[None, None]
 
 
-_TOKENIZER = ("vocab_size", "context", "eos_id", "pad_id")
-FIELDS = {f.name: f.type for f in dataclasses.fields(text.TextTower)
-          if f.name not in ("parent", "name", "dtype", *_TOKENIZER)}
+FIELDS = text.fields_of(text.TextTower, prefix="")
 TEXT_NETWORK = "encoder"  # the part that other runs start from
-CHOICES = {**text.CHOICES, "variant": ("", *VARIANTS)}
+CHOICES = {**text.CHOICES, "variant": ("", *VARIANTS),
+           "pool": tuple(name for name in text.POOLS if name != "map")}  # nothing would train it
 
 
 def make(*, variant: str = "", dtype="float32", vocab_size: int | None = None,
@@ -57,18 +55,12 @@ def make(*, variant: str = "", dtype="float32", vocab_size: int | None = None,
   """An encoder by `variant`, one of VARIANTS, and any field of `text.TextTower`.
 
   Where nothing is said it is BERT's: norms after the branches and the embeddings, two kinds of
-  segments, attention to all but padding, and an mlp_dim of four times its width. `vocab_size`,
-  `context`, `eos_id`, `pad_id`, `mask_id` and `starts` are the tokenizer's. Raises ValueError on
-  sizes that are missing or do not fit together.
+  segments, attention to all but padding, and features of the first token. `vocab_size`, `context`,
+  `eos_id`, `pad_id`, `mask_id` and `starts` are the tokenizer's. Raises ValueError as `text.build`.
   """
-  if None in (vocab_size, context, eos_id, pad_id):
-    raise ValueError("model.name = 'bert' needs texts: set data.tokenizer, for data that has them")
-  fields = {**VARIANTS.get(variant, {}), **fields}
-  if missing := [name for name in ("width", "depth", "heads") if name not in fields]:
-    raise ValueError(f"model: give variant (such as {next(iter(VARIANTS))!r}) or all of "
-                     + ", ".join(missing))
-  vit.check((), 1, fields["width"], fields["heads"])
-  bert = dict(mlp_dim=4 * fields["width"], placement="post", norm_eps=1e-12, causal=False,
-              mask_padding=True, clip_init=False, embed_norm=True, segments=2)
-  return Bert(text.TextTower(vocab_size, context, eos_id, pad_id, dtype=jnp.dtype(dtype),
-                             **{**bert, **fields}), mask_id, starts)
+  bert = dict(placement="post", norm_eps=1e-12, causal=False, mask_padding=True, clip_init=False,
+              embed_norm=True, segments=2, pool="first")
+  tower = text.build(text.TextTower, {**bert, **VARIANTS.get(variant, {}), **fields}, prefix="",
+                    variant="BERT-base", dtype=dtype, vocab_size=vocab_size, context=context, eos_id=eos_id,
+                    pad_id=pad_id)
+  return Bert(tower, mask_id, starts)

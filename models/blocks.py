@@ -1,7 +1,6 @@
 """A block of a Transformer: self-attention, attention to a memory, MLP, and where its norms are."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -69,6 +68,11 @@ class BlockStyle(nn.Module, kw_only=True):
   def make_norm(self, name: str | None = None):
     return NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype, name=name)
 
+  @nn.nowrap
+  def make_attention(self, heads: int, **kwargs):
+    return Attention(heads, self.qk_norm, self.fused_init, self.attention, self.norm, self.norm_eps,
+                     self.dtype, **kwargs)
+
 
 def choices(module, of: type) -> dict:
   """What `module` says of the fields of `of`, BlockStyle or Style."""
@@ -125,19 +129,16 @@ class Block(BlockStyle):
       x = (x if self.alpha == 1 else self.alpha * x) + branch
       return self.make_norm(f"{name}_norm")(x) if placement.after else x
 
-    attention = functools.partial(
-      Attention, self.heads, self.qk_norm, self.fused_init, self.attention, self.norm,
-      self.norm_eps, self.dtype)
     own = None if cache is None else (cache["key"], cache["value"])
-    y = attention(name="attention")(
+    y = self.make_attention(self.heads, name="attention")(
       read(x, "attention"), mask=context.mask, rotate=context.rotate, bias=context.bias, cache=own,
       index=context.index, return_weights=return_weights and not self.cross)
     y, more = y if isinstance(y, tuple) else (y, None)
     x = add(x, y, "attention")                                               # b n d
     if self.cross:
       memory = context.memory if cache is None else (cache["memory_key"], cache["memory_value"])
-      y = attention(name="cross_attention")(read(x, "cross_attention"), memory, context.memory_mask,
-                                            return_weights=return_weights)
+      y = self.make_attention(self.heads, name="cross_attention")(
+        read(x, "cross_attention"), memory, context.memory_mask, return_weights=return_weights)
       y, more = y if return_weights else (y, more)
       x = add(x, y, "cross_attention")                                       # b n d
     y = Mlp(self.mlp_dim, self.activation, self.dropout, self.dtype, name="mlp")(

@@ -1,7 +1,5 @@
 """Images to texts: an image network, and a Transformer decoder that looks at its tokens."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,8 @@ class TextDecoder(text.TextStyle):
   def setup(self):
     self.embed, self.table = self.make_embed(), self.make_positions()
     self.transformer = Transformer(self.depth, self.heads, self.mlp_dim, causal=True, cross=True,
-                                   grid=(self.context,), **choices(self, Style))
+                                   grid=(self.context,), trained=self.trained,
+                                   **choices(self, Style))
 
   def embedded(self, before, index=0):
     """Tokens `before` [b, q] the places from `index` on -> what is read there, [b, q, d]."""
@@ -41,7 +40,7 @@ class TextDecoder(text.TextStyle):
     With `return_weights` also what of the memory each is predicted by, in the last block:
     [b, k, l, n]. Raises ValueError on texts longer than the context.
     """
-    self.check(ids.shape[1])
+    self.check_length(ids.shape[1])
     before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=self.pad_id)
     x = self.transformer(self.embedded(before), memory=memory, train=train,
                          return_weights=return_weights)
@@ -81,10 +80,7 @@ class Captioner(nn.Module):
     return self.text.step(cache, token, index)
 
 
-_TOKENIZER = ("vocab_size", "context", "eos_id", "pad_id")
-_TEXT = {f"text_{f.name}": f.type for f in dataclasses.fields(TextDecoder)
-         if f.name not in ("parent", "name", "dtype", *_TOKENIZER)}
-FIELDS = {**backbones.FIELDS, **_TEXT}
+FIELDS = {**backbones.FIELDS, **text.fields_of(TextDecoder)}
 IMAGE_NETWORK = "image"  # the part that other runs start from
 CHOICES = {**backbones.CHOICES,
            **{f"text_{name}": allowed for name, allowed in text.CHOICES.items()}}
@@ -95,20 +91,12 @@ def make(*, backbone: str = "vit", image_size, channels: int, dtype="float32",
          pad_id: int | None = None, **fields) -> Captioner:
   """An image network, by any field of `models/BACKBONE.py`, and a decoder of its texts.
 
-  Fields of `TextDecoder` begin with text_. Where nothing is said the decoder is like a ViT beside
-  it, and its mlp_dim four times its width. `vocab_size`, `context`, `eos_id` and `pad_id` are the
-  tokenizer's. Raises ValueError as `backbones.make`, and on sizes that are missing or do not fit.
+  Fields of `TextDecoder` begin with text_, see `text.build`. `vocab_size`, `context`, `eos_id` and
+  `pad_id` are the tokenizer's. Raises ValueError as `backbones.make` and `text.build`.
   """
-  if None in (vocab_size, context, eos_id, pad_id):
-    raise ValueError("model.name = 'caption' needs captions: set data.tokenizer, for data that has "
-                     "them")
-  missing = [name for name in ("text_width", "text_depth", "text_heads") if name not in fields]
-  if missing:
-    raise ValueError(f"model: give all of {', '.join(missing)}")
-  given = {name.removeprefix("text_"): fields.pop(name) for name in _TEXT if name in fields}
-  shared = ("activation", "norm", "norm_eps", "attention", "scan", "remat")
-  decoder = {"mlp_dim": 4 * given["width"], "dtype": jnp.dtype(dtype),
-             **{name: fields[name] for name in shared if name in fields}, **given}
-  vit.check((), 1, decoder["width"], decoder["heads"], prefix="text_")
+  decoder = text.build(TextDecoder, fields, dtype=dtype, vocab_size=vocab_size, context=context,
+                      eos_id=eos_id, pad_id=pad_id)
   image = backbones.make(backbone, image_size=image_size, channels=channels, dtype=dtype, **fields)
-  return Captioner(image, TextDecoder(vocab_size, context, eos_id, pad_id, **decoder))
+  if isinstance(image, vit.ViT) and image.placement == decoder.placement == "deepnorm":
+    image = image.clone(read_by=decoder.depth)
+  return Captioner(image, decoder)

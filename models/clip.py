@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import backbones, text, vit
+from models import backbones, text
 
 
 def _clip(image: str, width: int, heads: int) -> dict:
@@ -79,12 +79,9 @@ def unit(x):
   return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
-_TOKENIZER = ("vocab_size", "context", "eos_id", "pad_id")
-_TEXT = {f"text_{f.name}": f.type for f in dataclasses.fields(text.TextTower)
-         if f.name not in ("parent", "name", "dtype", *_TOKENIZER)}
 _OWN = {f.name: f.type for f in dataclasses.fields(CLIP)
         if f.name not in ("parent", "name", "dtype", "image", "text")}
-FIELDS = {**backbones.FIELDS, **_OWN, **_TEXT}
+FIELDS = {**backbones.FIELDS, **_OWN, **text.fields_of(text.TextTower)}
 IMAGE_NETWORK = "image"  # the parts that other runs start from
 TEXT_NETWORK = "text"
 CHOICES = {**backbones.CHOICES,
@@ -96,17 +93,13 @@ def make(*, variant: str | int = "", backbone: str = "vit", image_size, channels
          eos_id: int | None = None, pad_id: int | None = None, **fields) -> CLIP:
   """Two towers by `variant`, one of VARIANTS or the image tower's own ("B/16"), and any field.
 
-  Fields of `text.TextTower` begin with text_, the others are those of CLIP and of
-  `models/BACKBONE.py`. Where nothing is said the text tower is like a ViT beside it, and its
-  mlp_dim four times its width. `vocab_size`, `context`, `eos_id` and `pad_id` are the tokenizer's.
-  Raises ValueError as `backbones.make`, and on sizes that are missing or do not fit together.
+  Fields of `text.TextTower` begin with text_, see `text.build`; the others are those of CLIP and of
+  `models/BACKBONE.py`. `vocab_size`, `context`, `eos_id` and `pad_id` are the tokenizer's. Raises
+  ValueError as `backbones.make` and `text.build`, and on an unknown variant.
   """
   if variant not in VARIANTS and "-" in str(variant):
     raise ValueError(f"model.variant = {variant!r}: expected one of {', '.join(VARIANTS)}, or a "
                      "variant of the image tower such as 'B/16'")
-  if None in (vocab_size, context, eos_id, pad_id):
-    raise ValueError("model.name = 'clip' needs captions: set data.tokenizer, for data that has "
-                     "them")
   fields = {**VARIANTS.get(variant, {"variant": variant} if variant else {}), **fields}
   missing = [name for name in ("embed_dim", "text_width", "text_depth", "text_heads")
              if name not in fields]
@@ -114,12 +107,7 @@ def make(*, variant: str | int = "", backbone: str = "vit", image_size, channels
     raise ValueError(f"model: give variant (such as {next(iter(VARIANTS))!r}) or all of "
                      + ", ".join(missing))
   own = {name: fields.pop(name) for name in _OWN if name in fields}
-  given = {name: fields.pop(name) for name in _TEXT if name in fields}
-  shared = ("activation", "norm", "norm_eps", "attention", "scan", "remat")
-  tower = {"mlp_dim": 4 * given["text_width"], "dtype": jnp.dtype(dtype),
-           **{name: fields[name] for name in shared if name in fields},
-           **{name.removeprefix("text_"): value for name, value in given.items()}}
-  vit.check((), 1, tower["width"], tower["heads"], prefix="text_")
+  tower = text.build(text.TextTower, fields, dtype=dtype, vocab_size=vocab_size, context=context,
+                    eos_id=eos_id, pad_id=pad_id)
   image = backbones.make(backbone, image_size=image_size, channels=channels, dtype=dtype, **fields)
-  return CLIP(image, text.TextTower(vocab_size, context, eos_id, pad_id, **tower),
-              dtype=jnp.dtype(dtype), **own)
+  return CLIP(image, tower, dtype=jnp.dtype(dtype), **own)

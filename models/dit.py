@@ -12,7 +12,7 @@ import numpy as np
 from models import kernels, positions, vit
 from models.attention import Attention
 from models.layers import Mlp
-from models.transformer import init_blocks, run_blocks, split_by_example
+from models.transformer import check_heads, init_blocks, run_blocks, split_by_example
 
 
 class Size(NamedTuple):
@@ -208,7 +208,8 @@ def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, 
   width, heads = fields["width"], fields["heads"]
   fields.setdefault("mlp_dim", 4 * width)
   image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-  vit.check(image_size, fields["patch"], width, heads)
+  vit.check_patch(image_size, fields["patch"])
+  check_heads(width, heads, "none", axes=2)
   if fields.get("rope"):
     positions.check("rope", width // heads, axes=2, field="rope")
   return DiT(image_size=image_size, channels=channels, num_classes=num_classes,

@@ -59,6 +59,13 @@ def gated_hidden(width: int, hidden: int) -> int:
   return max(step, step * round(equal / step))
 
 
+def side_by_side(rng, shape, dtype=jnp.float32):
+  """Xavier's uniform for two matrices that are one [d, 2 hidden]: by the fans of each."""
+  init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=2,
+                                          batch_axis=1)
+  return init(rng, (shape[0], 2, shape[1] // 2), dtype).reshape(shape)
+
+
 # `nn.DenseGeneral` of many tokens: its parameters, its result, faster gradients.
 Dense = functools.partial(nn.DenseGeneral, dot_general=kernels.dot_general)
 
@@ -74,12 +81,13 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x, *, train: bool = False):
     width, activation = x.shape[-1], ACTIVATIONS[self.activation]
-    dense = functools.partial(Dense, dtype=self.dtype,
-                              kernel_init=nn.initializers.xavier_uniform())
+    xavier = nn.initializers.xavier_uniform()
+    dense = functools.partial(Dense, dtype=self.dtype)
     if self.activation in GATES:
-      h = dense((2, gated_hidden(width, self.hidden)), name="up")(x)         # ... 2 hidden
+      h = dense((2, gated_hidden(width, self.hidden)), kernel_init=side_by_side,
+                name="up")(x)                                                # ... 2 hidden
       h = activation(h[..., 0, :]) * h[..., 1, :]                            # ... hidden
     else:
-      h = activation(dense(self.hidden, name="up")(x))                       # ... hidden
+      h = activation(dense(self.hidden, kernel_init=xavier, name="up")(x))   # ... hidden
     h = nn.Dropout(self.dropout)(h, deterministic=not train)
-    return dense(width, name="down")(h)
+    return dense(width, kernel_init=xavier, name="down")(h)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from models import layers, vit
 from models.positions import check as check_positions
-from models.transformer import Style, Transformer, choices
+from models.transformer import Style, Transformer, check_heads, choices
 
 IMAGE_NETWORK = "encoder"  # the part that other runs start from
 CHOICES = {**vit.CHOICES, "pool": ("mean", "cls"), "patch_stem": ("patches",)}
@@ -147,7 +147,7 @@ def make(*, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int
                      "takes 'patches' alone")
   encoder = vit.make(positions=positions, pool=pool, class_token=class_token,
                      fused_init=fused_init, **fields)
-  vit.check(encoder.image_size, encoder.patch, decoder_width, decoder_heads, prefix="decoder_")
+  check_heads(decoder_width, decoder_heads, "none", axes=2, prefix="decoder_")
   check_positions(positions, decoder_width // decoder_heads, axes=2,
                   field="positions = 'rope' (decoder)")
   # Noise and scales that an encoder learns better by are not the decoder's.

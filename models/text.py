@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from models import masks, positions, vit
-from models.transformer import Style, Transformer, choices
+from models.transformer import Style, Transformer, check, choices
 
 # Features are the token at the first `eos_id`, at the largest id (OpenAI's code: their end-of-text
-# token has it), the last token (SigLIP), or attention pooling.
-POOLS = ("eos", "argmax", "last", "map")
+# token has it), the first token (BERT), the last (SigLIP), or attention pooling.
+POOLS = ("eos", "argmax", "first", "last", "map")
+TOKENIZER = ("vocab_size", "context", "eos_id", "pad_id")  # fields that the tokenizer says
+# What a text network has of the image network beside it, where nothing is said of itself.
+SHARED = ("activation", "norm", "norm_eps", "placement", "qk_norm", "attention", "scan", "remat")
 
 # Fields whose value is a name, and the names: checked before anything is built.
 CHOICES = {**vit.CHOICES, "pool": POOLS,
@@ -44,6 +47,7 @@ class TextStyle(Style):
   heads: int
   mlp_dim: int
   positions: str = dataclasses.field(default="learned", kw_only=True)  # one of CHOICES
+  trained: int = dataclasses.field(default=0, kw_only=True)  # as in `transformer.Transformer`
 
   @nn.nowrap
   def make_embed(self, name: str | None = None):
@@ -53,7 +57,10 @@ class TextStyle(Style):
 
   @nn.nowrap
   def make_positions(self):
-    """What is added to the tokens of a text, [context, d]; None where nothing is."""
+    """What is added to the tokens of a text, [context, d]; None where nothing is.
+
+    The tokens are not multiplied by sqrt(d) before, as 1706.03762 sec. 3.4 has it.
+    """
     if self.positions == "learned":
       return self.param("position", nn.initializers.normal(0.01), (self.context, self.width))
     if self.positions in positions.FIXED:
@@ -61,11 +68,8 @@ class TextStyle(Style):
     return None
 
   @nn.nowrap
-  def check(self, length: int):
-    """Raises ValueError on positions that texts have not, and on texts longer than the context."""
-    if self.positions not in CHOICES["positions"]:
-      raise ValueError(f"model.text_positions = {self.positions!r}: expected one of "
-                       + ", ".join(CHOICES["positions"]))
+  def check_length(self, length: int):
+    """Raises ValueError on texts longer than the context."""
     if length > self.context:
       raise ValueError(f"texts of {length} tokens: model.context is {self.context}")
 
@@ -76,8 +80,7 @@ class TextTower(TextStyle):
   pool: str = "eos"  # one of POOLS
   causal: bool = True  # a token sees those before it (CLIP), else all (SigLIP)
   mask_padding: bool = False  # hides padding from attention; published towers do not
-  clip_init: bool = True  # kernels start as in CLIP, else as the Transformer's own
-  trained: int = 0  # as in `models.transformer.Transformer`
+  clip_init: bool = True  # kernels start as in CLIP, else, and for DeepNorm, as the Transformer's
   embed_norm: bool = False  # norm, and dropout, of what is embedded (BERT)
   segments: int = 0  # kinds of segments that are told apart by an embedding (BERT: 2); 0: none
 
@@ -91,7 +94,7 @@ class TextTower(TextStyle):
     texts longer than the context.
     """
     length = ids.shape[1]
-    self.check(length)
+    self.check_length(length)
     x = self.make_embed("embed")(ids)                                        # b l d
     table = self.make_positions()                                            # context d
     if table is not None:
@@ -107,15 +110,51 @@ class TextTower(TextStyle):
     padding = None
     if self.mask_padding:  # up to the end all is text: padding may have the end's id
       padding = masks.padding((ids != self.pad_id) | (place <= end))         # b 1 1 l
+    redraw = clip_kernels if self.clip_init and self.placement != "deepnorm" else None
     x = Transformer(self.depth, self.heads, self.mlp_dim, causal=self.causal, grid=(self.context,),
-                    trained=self.trained, redraw=clip_kernels if self.clip_init else None,
-                    **choices(self, Style), name="transformer")(
-                      x, nn.combine_masks(padding, mask, dtype=bool), train=train)
+                    trained=self.trained, redraw=redraw, **choices(self, Style),
+                    name="transformer")(x, nn.combine_masks(padding, mask, dtype=bool), train=train)
     if self.pool == "map":
-      features = vit.AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm_eps,
-                               self.dtype, name="map_pool")(x, padding)
-    elif self.pool == "last":
-      features = x[:, -1]
+      features = vit.AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm,
+                                   self.norm_eps, self.dtype, name="map_pool")(x, padding)
+    elif self.pool in ("first", "last"):
+      features = x[:, 0 if self.pool == "first" else -1]
     else:
       features = jnp.take_along_axis(x, end[:, :, None], axis=1)[:, 0]       # b d
     return features, {"tokens": x, "features": features}
+
+
+def fields_of(network: type, prefix: str = "text_") -> dict[str, type]:
+  """What a config may say of a text network, with types: all but what its tokenizer says."""
+  return {prefix + f.name: f.type for f in dataclasses.fields(network)
+          if f.name not in ("parent", "name", "dtype", *TOKENIZER)}
+
+
+def build(network: type, fields: dict, *, prefix: str = "text_", variant: str = "", dtype,
+          **tokenizer):
+  """A text network by those of `fields` that begin with `prefix`; they are taken out of `fields`.
+
+  What is left there, an image network's, it has too as SHARED says. Where nothing is said mlp_dim
+  is four times the width. `tokenizer` has the TOKENIZER's fields, None where there is none. Raises
+  ValueError on what is missing (a `variant` would have it), out of range or does not fit together.
+  """
+  if None in tokenizer.values():
+    raise ValueError("model: it needs texts: set data.tokenizer, for data that has them")
+  own = {name.removeprefix(prefix): fields.pop(name) for name in fields_of(network, prefix)
+         if name in fields}
+  missing = [prefix + name for name in ("width", "depth", "heads") if name not in own]
+  if missing:
+    either = f"variant (such as {variant!r}) or " if variant else ""
+    raise ValueError(f"model: give {either}all of {', '.join(missing)}")
+  shared = {name: fields[name] for name in SHARED if name in fields}
+  made = network(**tokenizer, **{"mlp_dim": 4 * own["width"], **shared, **own},
+                 dtype=jnp.dtype(dtype))
+  if made.positions not in CHOICES["positions"]:
+    raise ValueError(f"model.{prefix}positions = {made.positions!r}: expected one of "
+                     + ", ".join(CHOICES["positions"]))
+  check(made, axes=1, prefix=prefix)
+  chunks = made.positions == "rope" and getattr(made, "causal", True) and made.trained >= 2
+  if made.trained and not chunks:
+    raise ValueError(f"model.{prefix}trained = {made.trained}: longer texts need at least 2, "
+                     f"{prefix}positions = 'rope' and causal attention")
+  return made

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models import kernels, masks, positions
-from models.attention import Attention
 from models.blocks import PLACEMENTS, Block, BlockStyle, Context, choices, deepnorm, scaled
 
 REMAT: Mapping[str, Callable | None] = {
@@ -74,6 +73,36 @@ class Style(BlockStyle, kw_only=True):
   remat: str = "none"  # a key of REMAT
 
 
+def check_heads(width: int, heads: int, kind: str, *, axes: int, prefix: str = ""):
+  """Raises ValueError where a width cannot be split into heads, or a head for positions `kind`."""
+  if heads < 1:
+    raise ValueError(f"model.{prefix}heads = {heads}: expected at least 1")
+  if width % heads:
+    raise ValueError(f"model.{prefix}heads = {heads} does not divide model.{prefix}width = {width}")
+  positions.check(kind, width // heads, axes, f"{prefix}positions = 'rope'")
+
+
+def check(network, *, axes: int, prefix: str = ""):
+  """Raises ValueError where a number of a Style with width, depth and heads is out of range.
+
+  `axes` are those of places, 1 of a text and 2 of a grid; `prefix` is what its fields begin with in
+  a config's model.
+  """
+  check_heads(network.width, network.heads, network.positions, axes=axes, prefix=prefix)
+  rope = network.positions == "rope"
+  for name, ok, expected in (
+      ("depth", network.depth >= 1, "at least 1"), ("window", network.window >= 0, "at least 0"),
+      ("dropout", 0 <= network.dropout < 1, "a number in [0, 1)"),
+      ("drop_path", 0 <= network.drop_path < 1, "a number in [0, 1)"),
+      ("rope_base", network.rope_base is None or network.rope_base > 0, "a number above 0"),
+      ("rope_scale", network.rope_scale > 0, "a number above 0"),
+      ("rope_base", rope or network.rope_base is None, "none without positions = 'rope'"),
+      ("rope_scale", rope or network.rope_scale == 1, "1 without positions = 'rope'"),
+      ("qk_norm", not network.qk_norm or network.norm != "none", "false where norm = 'none'")):
+    if not ok:
+      raise ValueError(f"model.{prefix}{name} = {getattr(network, name)}: expected {expected}")
+
+
 class Transformer(Style):
   """A stack of `depth` blocks and a norm after it.
 
@@ -86,7 +115,7 @@ class Transformer(Style):
   causal: bool = False  # a token sees those before it alone
   cross: bool = False  # blocks attend to a memory too
   grid: tuple[int, ...] = ()  # (length,) or (h, w): what learned relative positions are made for
-  trained: int = 0  # tokens; rope goes beyond them by `positions.dual_chunk`; 0: as it is
+  trained: int = 0  # tokens; causal rope goes beyond by `positions.dual_chunk`; 0: as it is
   decoder_depth: int = 0  # of a decoder that reads this stack: for DeepNorm
   final_norm: bool = True
   redraw: Callable | None = None  # (rng, the blocks' initial parameters) -> others in their place
@@ -104,9 +133,6 @@ class Transformer(Style):
     else:
       query_at = key_at = keep
       prefix = x.shape[1] - (math.prod(grid) if keep is None else keep.shape[1])
-    if self.trained and (self.positions != "rope" or not self.causal):
-      raise ValueError(f"model.trained = {self.trained}: longer texts need positions = 'rope' and "
-                       "causal attention")
     rotate = bias = mask = None
     if self.positions == "rope":
       how = dict(base=self.rope_base, scale=self.rope_scale)
@@ -210,8 +236,7 @@ class Transformer(Style):
       if "memory" in params:
         memory = nn.Dense(math.prod(shape[2:]), dtype=self.dtype, parent=None).apply(
           {"params": params["memory"]}, memory)
-      attention = Attention(self.heads, self.qk_norm, False, self.attention, self.norm,
-                            self.norm_eps, self.dtype, parent=None)
+      attention = self.make_attention(self.heads, parent=None)
       cache["memory_key"], cache["memory_value"] = jax.vmap(
         lambda layer: attention.apply({"params": layer}, None, memory))(blocks["cross_attention"])
     return cache

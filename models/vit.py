@@ -12,7 +12,7 @@ from models.attention import ATTENTION, Attention
 from models.batch_norm import BatchNorm
 from models.blocks import PLACEMENTS
 from models.stems import STEMS, check_stem, first_filters
-from models.transformer import REMAT, Style, Transformer, choices
+from models.transformer import REMAT, Style, Transformer, check, choices
 
 
 class Size(NamedTuple):
@@ -106,6 +106,7 @@ class AttentionPool(nn.Module):
   heads: int
   mlp_dim: int
   activation: str = "gelu"
+  norm: str = "layernorm"
   norm_eps: float = 1e-6
   dtype: jnp.dtype = jnp.float32
 
@@ -115,7 +116,7 @@ class AttentionPool(nn.Module):
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d)).astype(self.dtype)
     x = Attention(self.heads, dtype=self.dtype, name="attention")(
       jnp.broadcast_to(probe, (b, 1, d)), memory=x, mask=mask)               # b 1 d
-    y = layers.LayerNorm(self.norm_eps, self.dtype, name="norm")(x)
+    y = layers.NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
     return (x + layers.Mlp(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")(y))[:, 0]
 
 
@@ -141,6 +142,7 @@ class ViT(Style, kw_only=True):
   resample: str = "antialias"
   head_bias_init: float = 0.0
   probe_norm: bool = False  # batch norm, without scale and bias, before the head (MAE's probe)
+  read_by: int = 0  # depth of a decoder that reads its tokens: for DeepNorm
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -164,14 +166,15 @@ class ViT(Style, kw_only=True):
       self.register_tokens = self.param("registers", nn.initializers.normal(0.02),
                                         (1, self.registers, self.width))
     self.transformer = Transformer(self.depth, self.heads, self.mlp_dim, grid=self.grid,
-                                   final_norm=not self.pool_before_norm, **choices(self, Style))
+                                   final_norm=not self.pool_before_norm,
+                                   decoder_depth=self.read_by, **choices(self, Style))
     if self.pre_norm:
       self.input_norm = self.make_norm()
     if self.pool_before_norm:
       self.pool_norm = self.make_norm()
     if self.pool == "map":
-      self.map_pool = AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm_eps,
-                                    self.dtype)
+      self.map_pool = AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm,
+                                    self.norm_eps, self.dtype)
     if self.probe_norm:
       self.head_norm = BatchNorm(affine=False, epsilon=1e-6, dtype=jnp.float32)
     if self.num_classes:
@@ -267,14 +270,14 @@ FIELDS = {f.name: f.type for f in dataclasses.fields(ViT)
           if f.name not in ("parent", "name", "dtype", "image_size", "channels", "num_classes")}
 
 
-def check(image_size, patch: int, width: int, heads: int, *, prefix: str = ""):
-  """Raises ValueError where image, patch and heads do not fit together."""
+def check_patch(image_size: tuple[int, int], patch: int):
+  """Raises ValueError where an image cannot be cut into patches."""
+  if patch < 1:
+    raise ValueError(f"model.patch = {patch}: expected at least 1")
   if any(side % patch for side in image_size):
     raise ValueError(f"model.patch = {patch} does not divide the image size "
                      f"{image_size[0]}x{image_size[1]}: choose a patch that divides both, or set "
                      "augment.image_size to a multiple of it")
-  if width % heads:
-    raise ValueError(f"model.{prefix}heads = {heads} does not divide model.{prefix}width = {width}")
 
 
 def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, dtype="float32",
@@ -288,11 +291,13 @@ def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, 
   if missing:
     raise ValueError(f"model: give variant (such as 'B/16') or all of {', '.join(missing)}")
   image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-  check(image_size, fields["patch"], fields["width"], fields["heads"])
+  check_patch(image_size, fields["patch"])
   if fields.get("pool", ViT.pool) == "cls" and fields.get("class_token") is False:
     raise ValueError("model.pool = 'cls' needs model.class_token")
   model = ViT(image_size=image_size, channels=channels, num_classes=num_classes,
               dtype=jnp.dtype(dtype), **fields)
-  positions.check(model.positions, model.width // model.heads, axes=2)
+  check(model, axes=2)
+  if model.registers < 0:
+    raise ValueError(f"model.registers = {model.registers}: expected at least 0")
   check_stem(model.patch_stem, model.width, model.patch)
   return model

@@ -310,7 +310,7 @@ def test_training_on_eight_devices(loss, chunk, fields):
 
 @pytest.mark.parametrize("fields,message", [
   ({"variant": "CLIP-B/8"}, "model.variant = 'CLIP-B/8': expected one of CLIP-B/32, "),
-  ({"vocab_size": None}, "needs captions: set data.tokenizer"),
+  ({"vocab_size": None}, "needs texts: set data.tokenizer"),
   ({"text_heads": 3}, "model.text_heads = 3 does not divide model.text_width = 8"),
   ({"stem": "small"}, "model.stem: a vit has no such field"),
 ])

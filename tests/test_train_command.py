@@ -156,7 +156,7 @@ def test_bfloat16_follows_float32(finished, run_train, tmp_path):
   (["--config.model.activation=gelo"], "did you mean 'gelu'"),
   (["--config.model.patch=5"], "model.patch = 5 does not divide the image size 16x16"),
   (["--config.model.heads=3"], "heads = 3 does not divide"),
-  (["--config.model.norm=none", "--config.model.qk_norm=true"], "qk_norm = True needs a norm"),
+  (["--config.model.norm=none", "--config.model.qk_norm=true"], "qk_norm = True: expected false"),
   (["--config.method.mask_ratio=1.5"], r"mask_ratio = 1.5: expected a number in \(0, 1\)"),
   (["--config.method.masking=blok"], "did you mean 'block'"),
   (["--config.data.source=glyph/letters"], "did you mean 'glyphs'"),

@@ -14,7 +14,20 @@ import pytest
 from arrays import normal, random_params
 from test_models import NP_ACTIVATIONS, np_dense, np_norm, np_resample
 
-from models import blocks, dit, layers, mae, masks, positions, resnet, stems, text, vit
+from models import (
+  attention,
+  blocks,
+  caption,
+  dit,
+  layers,
+  mae,
+  masks,
+  positions,
+  resnet,
+  stems,
+  text,
+  vit,
+)
 from models.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -487,12 +500,51 @@ def test_errors(make, fields, message):
 
 @pytest.mark.parametrize("fields,message", [
   ({"positions": "sincos2d"}, "model.text_positions = 'sincos2d': .*sinusoidal"),
-  ({"trained": 4}, "model.trained = 4: .*'rope'"), ({"positions": "rope", "heads": 8}, "multiple")])
-def test_errors_of_texts(fields, message):
+  ({"trained": 4}, "model.text_trained = 4: .*text_positions = 'rope'"),
+  ({"trained": 1, "positions": "rope"}, "model.text_trained = 1: .*at least 2"),
+  ({"positions": "rope", "heads": 8}, "model.text_positions = 'rope' .* multiple of 2 .* 1"),
+  ({"heads": 0}, "text_heads = 0"), ({"heads": -2}, "text_heads = -2"),
+  ({"window": -1}, "text_window = -1"), ({"dropout": 1.0}, "text_dropout = 1.0"),
+  ({"drop_path": 1.0}, "text_drop_path = 1.0"), ({"rope_scale": 2.0}, "rope_scale = 2.0.* 1 with"),
+  ({"positions": "rope", "rope_base": 0.0}, "text_rope_base = 0.0"),
+  ({"positions": "rope", "rope_scale": 0.0}, "text_rope_scale = 0.0"),
+  ({"norm": "none", "qk_norm": True}, "text_qk_norm = True: expected false where norm = 'none'"),
+  ({"vocab_size": None}, "it needs texts: set data.tokenizer")])
+@pytest.mark.parametrize("network", [text.TextTower, caption.TextDecoder])
+def test_errors_of_texts(network, fields, message):
+  fields = dict(width=D, depth=1, heads=HEADS) | fields
+  tokenizer = dict(vocab_size=fields.pop("vocab_size", 20), context=8, eos_id=9, pad_id=0)
   with pytest.raises(ValueError, match=message):
-    tower = text.TextTower(**{**dict(vocab_size=20, context=8, eos_id=9, pad_id=0, width=D, depth=1,
-                                     heads=HEADS, mlp_dim=12), **fields})
-    jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, L), int))
+    text.build(network, {f"text_{name}": x for name, x in fields.items()}, dtype="float32",
+               **tokenizer)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_kernels_start_by_the_fans_of_one_matrix(activation):
+  """Xavier's (6 / (in + out))^1/2 for each of the two that a gated layer has in one."""
+  up = layers.Mlp(64, activation).init(jax.random.key(0), jnp.zeros((1, 1, 96)))["params"]["up"]
+  hidden, bound = up["bias"].shape[-1], np.abs(up["kernel"]).max()
+  np.testing.assert_allclose(bound, (6 / (96 + hidden)) ** 0.5, rtol=1e-2)
+
+
+def test_deepnorm_scales_an_encoder_by_the_decoder_that_reads_it():
+  """2203.00555 table 1: beta is 0.87 (N^4 M)^-1/16, N = 3 and M = 2; of N alone (8N)^-1/4."""
+  def spread(**fields):
+    model = caption.make(**{**TINY, "depth": 3}, text_width=16, text_depth=2, text_heads=2,
+                         vocab_size=20, context=8, eos_id=9, pad_id=0, **fields)
+    image = jnp.zeros((1, *model.image.image_size, model.image.channels))
+    params = model.init(jax.random.key(0), image, jnp.zeros((1, 8), int))["params"]
+    return params["image"]["transformer"]["blocks"]["mlp"]["up"]["kernel"].std()
+  both, plain = spread(placement="deepnorm"), spread()
+  alone = spread(placement="deepnorm", text_placement="pre")
+  np.testing.assert_allclose(both / plain, 0.87 * 162 ** (-1 / 16), rtol=1e-5)
+  np.testing.assert_allclose(alone / plain, 24 ** (-1 / 4), rtol=1e-5)
+
+
+def test_cudnn_says_what_it_cannot_do():
+  x = jnp.zeros((1, 3, 2, 8))
+  with pytest.raises(ValueError, match="'cudnn' needs config.dtype = 'bfloat16'"):
+    attention.ATTENTION["cudnn"](x, x, x)
 
 
 def test_what_moved_is_what_it_was():
