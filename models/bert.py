@@ -60,7 +60,8 @@ def make(*, variant: str = "", dtype="float32", vocab_size: int | None = None,
   """
   bert = dict(placement="post", norm_eps=1e-12, causal=False, mask_padding=True, clip_init=False,
               embed_norm=True, segments=2, pool="first")
-  tower = text.build(text.TextTower, {**bert, **VARIANTS.get(variant, {}), **fields}, prefix="",
-                    variant="BERT-base", dtype=dtype, vocab_size=vocab_size, context=context, eos_id=eos_id,
-                    pad_id=pad_id)
+  tower = text.build(
+    text.TextTower, {**bert, **VARIANTS.get(variant, {}), **fields}, prefix="", dtype=dtype,
+    variant=next(iter(VARIANTS)), vocab_size=vocab_size, context=context, eos_id=eos_id,
+    pad_id=pad_id)
   return Bert(tower, mask_id, starts)

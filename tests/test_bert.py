@@ -13,7 +13,7 @@ from evaluators import masked_text
 from input_pipeline import batches, sources, text
 from losses import tokens
 from methods import bert as method_module
-from models import bert
+from models import adapt, bert, clip
 from trainer import checkpoints, loop, recipe, transfer
 
 PAD, END, MASK, VOCAB, LENGTH = 0, 2, 3, 50, 24
@@ -122,6 +122,22 @@ def test_shares_out_of_range(model, fields, message):
     method_module.make(bert.make(**{**SMALL, "mask_id": None}))
   with pytest.raises(ValueError, match="give variant .*BERT-base"):
     bert.make(**{name: x for name, x in SMALL.items() if name != "width"})
+  with pytest.raises(ValueError, match="'unilm' .* needs model.causal = False"):
+    method_module.make(bert.make(**SMALL, causal=True), masks="unilm")
+
+
+def test_features_are_of_the_first_token_and_a_gate_leaves_the_head_plain():
+  ids = np.array([[1, 7, 8, 2], [1, 9, 2, 0]])
+  for activation in "gelu", "swiglu":
+    network = bert.make(**SMALL, activation=activation)
+    params = jax.device_get(network.init(jax.random.key(0), ids))["params"]
+    features, out = network.apply({"params": params}, ids, method="encode")
+    np.testing.assert_array_equal(features, out["tokens"][:, 0])
+    x = np.asarray(out["tokens"]) @ params["head"]["kernel"] + params["head"]["bias"]
+    normal = network.encoder.make_norm().apply({"params": params["head_norm"]}, jax.nn.gelu(
+      jnp.asarray(x), approximate=False))
+    expected = normal @ params["encoder"]["embed"]["embedding"].T + params["bias"][None, None]
+    np.testing.assert_allclose(network.apply({"params": params}, ids), expected, atol=1e-5)
 
 
 # --- What is seen ---------------------------------------------------------------------------------
@@ -279,6 +295,16 @@ def test_clips_text_tower_starts_from_bert(run):
   gone = built.config.copy_and_resolve_references()
   gone.init.text_run = "gone"
   assert transfer.fill(gone).to_dict() == gone.to_dict()
+
+
+@pytest.mark.parametrize("variant", ["CLIP-B/32", "SigLIP-B/16"])
+def test_a_tower_is_all_that_its_bert_was_and_pools_as_its_own_variant(variant):
+  """Whatever the image network beside it has: quick-GELU here, other norms' epsilon."""
+  of_bert = bert.make(**SMALL).encoder
+  fields = {f"text_{name}": x for name, x in adapt.text_fields(of_bert).items()}
+  tokenizer = {name: SMALL[name] for name in ("vocab_size", "context", "eos_id", "pad_id")}
+  tower = clip.make(variant=variant, image_size=32, channels=3, **tokenizer, **fields).text
+  assert tower == of_bert.clone(pool="last" if "Sig" in variant else "eos")
 
 
 @pytest.mark.parametrize("name, overrides, message", [
