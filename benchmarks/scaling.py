@@ -22,9 +22,11 @@ AXES = {  # axis -> (override, its values); tokens are (pixels / patch)^2
   "depth": ("model.depth", (2, 4, 6, 8, 12)),
   "tokens": ("augment.image_size", (32, 48, 64, 80, 96)),
 }
-# The middle of all axes: small enough for two cores, wide enough that products are the work.
+# The middle of all axes: small enough for two cores, wide enough that products are the work. With
+# AdamW: what Muon does for a step does not grow with the batch.
 MIDDLE = {"data.batch_size": 64, "model.depth": 6, "augment.image_size": 64, "model.patch": 8,
-          "model.width": 192, "model.heads": 3, "model.mlp_dim": 768, "augment.affine": None}
+          "model.width": 192, "model.heads": 3, "model.mlp_dim": 768, "augment.affine": None,
+          "optimizer.name": "adamw", "optimizer.ns_steps": None}
 
 
 def measure(name: str, overrides: dict, axis: str, repeats: int) -> list[dict]:

@@ -391,7 +391,7 @@ def test_without_labels(evaluator):
     (linear_probe, {"l2": 0.1}, "evals.linear_probe.l2=0.1 must be a tuple"),
     (linear_probe, {"l2": (0.0, 1.0)}, "evals.linear_probe.l2="),
     (linear_probe, {"holdout": 1.0}, "evals.linear_probe.holdout=1.0"),
-    (reconstruction, {"examples": 0}, "evals.reconstruction.examples=0"),
+    (reconstruction, {"examples": 0}, "evals.reconstruction.examples = 0"),
     (reconstruction, {"ratios": (0.5, 1.0)}, r"evals.reconstruction.ratios=\(0.5, 1.0\)"),
     (classification, {"pairs": -1}, "evals.classification.pairs = -1"),
     (few_shot, {"shots": 5}, "evals.few_shot.shots=5 must be a tuple"),

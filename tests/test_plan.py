@@ -69,7 +69,9 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def small(mesh, name):
-  extra = {"model.decoder_heads": "8", "model.decoder_width": "64"} if "mae" in name else {}
+  # Muon's matrices are gathered once more, whole: AdamW is what is looked at here.
+  extra = {"model.decoder_heads": "8", "model.decoder_width": "64"} if "mae" in name else {
+    "optimizer.name": "adamw", "optimizer.ns_steps": "none"}
   config = recipe.load_config(name, {
     "model.scan": "true", "model.width": "64", "model.heads": "8", "model.mlp_dim": "128",
     "model.depth": "4", "data.batch_size": "64", **extra,

@@ -125,7 +125,7 @@ def test_a_training_and_an_evaluation_write_it(tmp_path, capsys):
   flags = ["--config=configs/vit.py:smoke", f"--workdir={run}", data, "--config.model.depth=1",
            "--config.checkpoint.every_steps=2"]
   broken = ["--config.optimizer.lr=1e30", "--config.optimizer.name=sgd",
-            "--config.optimizer.b2=none", "--config.schedule.warmup_steps=0"]
+            "--config.optimizer.ns_steps=none", "--config.schedule.warmup_steps=0"]
   assert train.main([*flags, *broken]) == 1
   assert "not finished : not finite at step" in words(run / "report.html")
   shutil.rmtree(run)

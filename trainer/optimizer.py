@@ -226,7 +226,8 @@ def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float 
   unknown = set(options) - set(inspect.signature(build).parameters)
   if unknown:
     allowed = list(inspect.signature(build).parameters)[3:]
-    raise ValueError(f"optimizer.{min(unknown)}: {name} takes {', '.join(allowed)}")
+    raise ValueError(f"optimizer.{min(unknown)}: {name} takes {', '.join(allowed)}; "
+                     f"--config.optimizer.{min(unknown)}=none leaves it out")
   peak = lr if lr is not None else base_lr * batch_size / 256
 
   def rate(step):
