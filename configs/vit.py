@@ -45,12 +45,12 @@ def get_config(variant: str = ""):
 def embedded(config, smoke: bool):
   """Letters in the fonts of one family, tested on two families never seen."""
   config.total_steps, config.eval_every_steps = 1300, 650
-  config.expect = "top-1 0.85 +- 0.01 on unseen font families"
+  config.expect = "top-1 0.83 +- 0.02 on unseen font families"
   config.model = dict(name="vit", patch=8, width=128, depth=4, heads=4, mlp_dim=512, pool="mean",
                       positions="sincos2d")
   config.data = dict(source="glyphs/letters", batch_size=64)
   config.augment = dict(affine=dict(degrees=5, translate=0.1, scale=(0.8, 1.15), shear=12))
-  # AdamW (batch 128, rate 1e-3) took four times as many images to the same accuracy.
+  # AdamW (batch 128, rate 1e-3, 2,600 steps) took four times as many images to 0.84.
   config.optimizer = dict(name="muon", lr=5e-3, ns_steps=3, weight_decay=0.05, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=50)
   if smoke:
