@@ -12,9 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-START, END = "<!-- plans -->", "<!-- end of plans -->"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import readme
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def recipes() -> list[str]:
@@ -55,9 +57,7 @@ published figures: a bound that no run reaches.
 | recipe | batch | parameters | TFLOPs | memory | fits | moved | roofline, ms | MFU at most |
 |---|---|---|---|---|---|---|---|---|
 """ + "\n".join(rows)
-  readme = (ROOT / "README.md").read_text()
-  before, after = readme.split(START)[0], readme.split(END)[1]
-  (ROOT / "README.md").write_text(f"{before}{START}\n{table}\n{END}{after}")
+  readme.replace(ROOT / "README.md", "plans", table)
 
 
 if __name__ == "__main__":

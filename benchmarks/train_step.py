@@ -77,6 +77,11 @@ def prepare(config) -> Prepared:
   return Prepared(step, built, abstract, compilation)
 
 
+def parameters(prepared: Prepared) -> int:
+  import jax
+  return sum(x.size for x in jax.tree.leaves(prepared.abstract.params))
+
+
 def facts(prepared: Prepared) -> dict:
   """What is known of a step before it is timed."""
   import jax
@@ -87,7 +92,7 @@ def facts(prepared: Prepared) -> dict:
   return {"config": config.config_name, "dtype": config.dtype, "batch": config.data.batch_size,
           "device": devices[0].device_kind, "devices": len(devices),
           "version": f"jax {jax.__version__}",
-          "parameters": sum(x.size for x in jax.tree.leaves(prepared.abstract.params)),
+          "parameters": parameters(prepared),
           "flops": loop.model_flops(prepared.built, prepared.abstract),
           "peak": matmul_peak(config.dtype, size) * len(devices),
           "compile_seconds": prepared.compilation}

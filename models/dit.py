@@ -209,7 +209,7 @@ def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, 
   fields.setdefault("mlp_dim", 4 * width)
   image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
   vit.check_patch(image_size, fields["patch"])
-  check_heads(width, heads, "none", axes=2)
+  check_heads(width, heads)
   if fields.get("rope"):
     positions.check("rope", width // heads, axes=2, field="rope")
   return DiT(image_size=image_size, channels=channels, num_classes=num_classes,

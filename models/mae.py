@@ -147,7 +147,7 @@ def make(*, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int
                      "takes 'patches' alone")
   encoder = vit.make(positions=positions, pool=pool, class_token=class_token,
                      fused_init=fused_init, **fields)
-  check_heads(decoder_width, decoder_heads, "none", axes=2, prefix="decoder_")
+  check_heads(decoder_width, decoder_heads, "decoder_")
   check_positions(positions, decoder_width // decoder_heads, axes=2,
                   field="positions = 'rope' (decoder)")
   # Noise and scales that an encoder learns better by are not the decoder's.

@@ -73,13 +73,12 @@ class Style(BlockStyle, kw_only=True):
   remat: str = "none"  # a key of REMAT
 
 
-def check_heads(width: int, heads: int, kind: str, *, axes: int, prefix: str = ""):
-  """Raises ValueError where a width cannot be split into heads, or a head for positions `kind`."""
+def check_heads(width: int, heads: int, prefix: str = ""):
+  """Raises ValueError where a width cannot be split into heads."""
   if heads < 1:
     raise ValueError(f"model.{prefix}heads = {heads}: expected at least 1")
   if width % heads:
     raise ValueError(f"model.{prefix}heads = {heads} does not divide model.{prefix}width = {width}")
-  positions.check(kind, width // heads, axes, f"{prefix}positions = 'rope'")
 
 
 def check(network, *, axes: int, prefix: str = ""):
@@ -88,7 +87,9 @@ def check(network, *, axes: int, prefix: str = ""):
   `axes` are those of places, 1 of a text and 2 of a grid; `prefix` is what its fields begin with in
   a config's model.
   """
-  check_heads(network.width, network.heads, network.positions, axes=axes, prefix=prefix)
+  check_heads(network.width, network.heads, prefix)
+  positions.check(network.positions, network.width // network.heads, axes,
+                  f"{prefix}positions = 'rope'")
   rope = network.positions == "rope"
   for name, ok, expected in (
       ("depth", network.depth >= 1, "at least 1"), ("window", network.window >= 0, "at least 0"),

@@ -195,11 +195,12 @@ def test_ablations_keep_the_shape_of_the_recipe_and_of_the_table(monkeypatch, tm
   assert full["model.norm"] == "rmsnorm" and full["seed"] == 2
   monkeypatch.setattr(ablations, "train", lambda name, seed, args, cores: seed + len(name) / 100)
   monkeypatch.setattr(train_step, "prepare", uncompiled)
-  monkeypatch.setattr(train_step, "facts", lambda prepared: {"parameters": 1234})
+  monkeypatch.setattr(train_step, "parameters", lambda prepared: 1234)
   monkeypatch.setattr(sampling, "seconds", lambda runs, repeats: {"this": 0.5, "default": 0.25})
   monkeypatch.setattr(ablations.environment, "prepare", lambda args: None)
   monkeypatch.setattr(ablations, "ROOT", tmp_path)
-  (tmp_path / "README.md").write_text(f"before\n{ablations.START}\nold\n{ablations.END}\nafter\n")
+  (tmp_path / "README.md").write_text(
+    "before\n<!-- ablations -->\nold\n<!-- end of ablations -->\nafter\n")
   monkeypatch.setattr(ablations, "CHOICES", {k: ablations.CHOICES[k] for k in ("default", "ReLU")})
   monkeypatch.setattr("sys.argv", ["ablations.py"])
   assert ablations.main() == 0
@@ -209,3 +210,6 @@ def test_ablations_keep_the_shape_of_the_recipe_and_of_the_table(monkeypatch, tm
   readme = (tmp_path / "README.md").read_text()
   assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
   assert table.strip() in readme
+  (tmp_path / "README.md").write_text("before\n<!-- end of ablations -->\n<!-- ablations -->\n")
+  with pytest.raises(ValueError, match="no <!-- ablations --> with an <!-- end of ablations -->"):
+    ablations.main()

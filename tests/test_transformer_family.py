@@ -547,6 +547,22 @@ def test_cudnn_says_what_it_cannot_do():
     attention.ATTENTION["cudnn"](x, x, x)
 
 
+def test_what_cudnn_is_given_and_that_its_refusals_are_told(monkeypatch):
+  """It refuses masks of one query for all, and a bias of another type; some lengths in any case."""
+  given = []
+
+  def refuse(query, key, value, bias, mask, *, implementation):
+    given.append((query.shape, bias.dtype, mask.shape, implementation))
+    raise NotImplementedError("Unsupported sequence length Q 3")
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", refuse)
+  query, key = jnp.zeros((2, 3, 2, 8), jnp.bfloat16), jnp.zeros((2, 5, 2, 8), jnp.bfloat16)
+  with pytest.raises(ValueError, match="attention = 'cudnn': Unsupported sequence length Q 3"):
+    attention.ATTENTION["cudnn"](query, key, key, bias=jnp.zeros((1, 2, 3, 5)),
+                                 mask=masks.padding(jnp.ones((2, 5), bool)))
+  assert given == [(query.shape, jnp.bfloat16, (2, 1, 3, 5), "cudnn")]
+
+
 def test_what_moved_is_what_it_was():
   assert dit.MLPS["swiglu"] in layers.GATES and resnet.ResNet.widths == (64, 128, 256, 512)
   for d in (384, 768, 1024, 1152):  # hidden features of DiT's SwiGLU
