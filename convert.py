@@ -108,7 +108,7 @@ def import_weights(args, overrides) -> str:
   from flax.traverse_util import unflatten_dict
   from ml_collections import ConfigDict
 
-  from interop import files, layout, published
+  from interop import files, formats, layout, published
   from trainer import checkpoints, recipe
   from trainer.state import TrainState
   source = files.read(args.source, args.weights)
@@ -155,6 +155,7 @@ def import_weights(args, overrides) -> str:
       "format": form.name, "names": json.dumps(renamed), "config": json.dumps(source.config)})
     if tokenizer:
       (folder / checkpoints.TOKENIZER).write_text(tokenizer.to_json())
+  entries += formats.assumed(form, config.model, source.config, given.model)
   return f"{source.path}: {form.name}\n{layout.show(entries)}\nwritten to {args.to}"
 
 

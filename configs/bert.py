@@ -52,6 +52,7 @@ def embedded(config, smoke: bool):
 def base(config):
   """Appendix A.2, all steps on whole texts.
 
+  Its AdamW does not debias its moments (optimization.py of google-research/bert).
   Dropout is of what branches give and of the MLP's hidden features; BERT's released code drops
   attention weights in the place of the latter.
   """
@@ -63,7 +64,8 @@ def base(config):
                      cache_bytes=0, tokenizer="tokenizer.json", context=512, mask_token=True,
                      held_out=1e-3)
   config.optimizer = dict(name="adamw", lr=1e-4, b2=0.999, eps=1e-6, weight_decay=0.01,
-                          decay=r"(kernel|embedding|position|segment)$", clip_norm=1.0)
+                          debias=False, decay=r"(kernel|embedding|position|segment)$",
+                          clip_norm=1.0)
   config.schedule = dict(name="linear", warmup_steps=10_000)
   config.evals = dict(masked_text=dict(limit=10_000, baselines=("unigram",)))
   return config

@@ -93,19 +93,20 @@ def mae(config, variant, base_lr, layer_decay, drop_path, epochs):
   """Table 9, with the rate and layer decay of its repository's commands."""
   config = imagenet(config, epochs, batch_size=1024)
   config.model = dict(name="vit", variant=variant, num_classes=1000, class_token=True, pool="mean",
-                      pool_before_norm=True, drop_path=drop_path, fused_init=True, scan=True)
+                      pool_before_norm=True, drop_path=drop_path, fused_init=True, head_init=2e-5,
+                      scan=True)
   config.method.label_smoothing = 0.1
   config.augment.update(randaugment=(2, 9), erase=0.25, mixup=0.8, cutmix=1.0)
   config.optimizer = dict(name="adamw", base_lr=base_lr, weight_decay=0.05, layer_decay=layer_decay)
-  config.schedule = dict(name="cosine", warmup_epochs=5)
+  config.schedule = dict(name="cosine", warmup_epochs=5, end=1e-6 / (base_lr * 1024 / 256))
   return config
 
 
 def mae_linear(config, variant):
-  """Table 10: the class token, normalised by batch statistics, under LARS."""
+  """Table 10: the class token, normalised by a GPU's statistics, of 512 images, under LARS."""
   config = imagenet(config, epochs=90, batch_size=16384)
   config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls", probe_norm=True,
-                      fused_init=True, scan=True)
+                      bn_groups=32, fused_init=True, head_init=0.01, scan=True)
   config.optimizer = dict(name="lars", base_lr=0.1, momentum=0.9, frozen=ONLY_HEAD)
   config.schedule = dict(name="cosine", warmup_epochs=10)
   return config
@@ -114,7 +115,7 @@ def mae_linear(config, variant):
 def moco_linear(config):
   """1911.05722 sec. 4.1: pooled features of a ResNet-50 as it is, a rate of 30."""
   config = imagenet(config, epochs=100, batch_size=256)
-  config.model = dict(name="resnet", variant="50", num_classes=1000)
+  config.model = dict(name="resnet", variant="50", num_classes=1000, head_init=0.01)
   config.method.image_train = False
   config.optimizer = dict(name="sgd", lr=30.0, momentum=0.9, frozen=ONLY_HEAD)
   config.schedule = dict(name="multistep", drops=(0.6, 0.8))
@@ -124,18 +125,23 @@ def moco_linear(config):
 def moco_vit_linear(config, variant):
   """2104.02057 appendix A and its repository's commands: the class token, SGD, 90 epochs."""
   config = imagenet(config, epochs=90, batch_size=1024)
-  config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls", scan=True)
+  config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls", heads=12,
+                      head_init=0.01, scan=True)
   config.optimizer = dict(name="sgd", base_lr=3.0, momentum=0.9, frozen=ONLY_HEAD)
   config.schedule = dict(name="cosine")
   return config
 
 
 def vit_384(config, variant):
-  """2010.11929 appendix B.1.1: 20,000 steps of 512 at 384 pixels, the best of four rates."""
+  """2010.11929 appendix B.1.1: 20,000 steps of 512 at 384 pixels, the rate of its code's default.
+
+  L/16 has dropout (vit_jax/configs/models.py of google-research/vision_transformer).
+  """
   config = imagenet(config, epochs=1, batch_size=512, pixels=384)
   del config.total_epochs
   config.total_steps = 20_000
-  config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls", scan=True)
+  config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls",
+                      dropout=0.1 if variant == "L/16" else 0.0, scan=True)
   config.augment.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.optimizer = dict(name="sgd", lr=0.03, momentum=0.9, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=500)

@@ -62,7 +62,8 @@ def imagenet(config, variant):
                      eval_split="validation")
   config.augment = dict(image_size=224, crop_area=(0.2, 1.0), flip=True,
                         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-  config.optimizer = dict(name="adamw", base_lr=1.5e-4, b1=0.9, b2=0.95, weight_decay=0.05)
+  config.optimizer = dict(name="adamw", base_lr=1.5e-4, b1=0.9, b2=0.95, weight_decay=0.05,
+                          decay=r"(kernel|/cls|mask_token)$")  # all but vectors
   config.schedule = dict(name="cosine", warmup_epochs=40)
   config.evals = dict(reconstruction=dict(examples=8, ratios=(0.5, 0.75, 0.9)))
   return config

@@ -17,6 +17,7 @@ ViT in 300 epochs, published S/16 73.2, B/16 76.7 (fine-tuned 81.4, 83.2).
 
 from configs.base import get_base
 
+# Its S has twelve heads too (vits.py of facebookresearch/moco-v3).
 VIT_V3 = {"imagenet_vit_s16_v3": "S/16", "imagenet_vit_b16_v3": "B/16"}
 VARIANTS = ("", "smoke", "smoke_v3", "imagenet_r50_v1", "imagenet_r50_v2", "imagenet_r50_v3",
             *VIT_V3)
@@ -60,7 +61,7 @@ def queue(config, v2: bool):
   if v2:
     config.augment.update(color_jitter=(0.4, 0.4, 0.4, 0.1), jitter_prob=0.8, grayscale=0.2,
                           blur=0.5)
-    config.schedule = dict(name="cosine")
+    config.schedule = dict(name="cosine", hold_epochs=1)
   else:
     config.augment.update(grayscale=0.2, grayscale_first=True, color_jitter=(0.4, 0.4, 0.4, 0.4))
     config.schedule = dict(name="multistep", drops=(0.6, 0.8))
@@ -91,10 +92,10 @@ def resnet_v3(config):
 def vit_v3(config, variant: str):
   """Sec. 4.2 of 2104.02057; the patch projection stays random (sec. 4.1)."""
   config = v3(config, epochs=300, crop_area=(0.08, 1.0))
-  config.model.update(backbone="vit", variant=variant, positions="sincos2d_moco", scan=True,
-                      projector_hidden=(4096, 4096))
+  config.model.update(backbone="vit", variant=variant, heads=12, positions="sincos2d_moco",
+                      patch_init="xavier", scan=True, projector_hidden=(4096, 4096))
   config.method.update(momentum=0.99, temperature=0.2)
-  config.optimizer = dict(name="adamw", base_lr=1.5e-4, weight_decay=0.1,
+  config.optimizer = dict(name="adamw", base_lr=1.5e-4, weight_decay=0.1, decay="",
                           frozen="backbone/embed/projection")
   config.schedule = dict(name="cosine", warmup_epochs=40)
   return config

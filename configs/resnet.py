@@ -61,17 +61,20 @@ def imagenet(config, variant: str, batch_size: int):
 def one_hour(config, variant, large: bool):
   """1706.02677 sec. 5.1, table 1: the rate falls tenfold after epochs 30, 60 and 80."""
   config = imagenet(config, variant, batch_size=8192 if large else 256)
-  config.model.zero_init = True
+  config.model.update(zero_init=True, head_init=0.01)
   config.optimizer = dict(name="sgd", base_lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
   warmup = 5 if large else 0
   drops = tuple((epoch - warmup) / (90 - warmup) for epoch in (30, 60, 80))
-  config.schedule = dict(name="multistep", warmup_epochs=warmup, drops=drops)
+  # Sec. 2.2: warm-up begins at the rate of a batch of 256.
+  config.schedule = dict(name="multistep", warmup_epochs=warmup,
+                         warmup_from=256 / config.data.batch_size, drops=drops)
   return config
 
 
 def torchvision(config, variant):
   """Weight decay on every parameter, the rate falls tenfold after epochs 30 and 60."""
   config = imagenet(config, variant, batch_size=256)
+  config.model.head_init = (3 * 512) ** -0.5  # the spread of PyTorch's uniform
   config.optimizer = dict(name="sgd", base_lr=0.1, momentum=0.9, weight_decay=1e-4, decay="")
   config.schedule = dict(name="multistep", drops=(1 / 3, 2 / 3))
   return config

@@ -22,6 +22,7 @@ from absl import flags
 from rich.progress import track
 
 from input_pipeline import sources, text
+from input_pipeline.splits import with_parts
 
 CHOICES = {"on_error": ("raise", "skip"), "latents": sources.LATENTS}
 SHUFFLE, CROP, CROP_2, CAPTION, PERMUTE = range(5)  # the purposes of randomness
@@ -70,7 +71,8 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     batch_size: of the global training batch, at most the number of training examples.
     seed: of the order, the crops and the choice of captions.
     image_size: side or (h, w) in pixels; may be None if all images have one size.
-    eval_split: what `eval` reads if it is asked for no split; None = test, val or validation.
+    train_split, eval_split: a split, or a part of one such as "train[:99%]". The second is what
+      `eval` reads if it is asked for no split; None = test, val or validation.
     cache_bytes: for the decoded images of one split; 0 = always stream.
     workers: processes that decode when streaming; 0 = threads of this process.
     repeats: times that an example is drawn in a row, augmented anew (1901.09335).
@@ -95,6 +97,8 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     ValueError, FileNotFoundError: a field of the configuration or a record that does not do.
   """
   splits, info = sources.open_source(source, data_dir, on_error, latents, held_out)
+  splits = with_parts(splits, (train_split, eval_split))
+  info = info._replace(num_examples={name: len(records) for name, records in splits.items()})
   if eval_split is None:
     eval_split = next((s for s in ("test", "val", "validation") if s in splits), None)
   _check_split("data.train_split", train_split, splits)

@@ -18,6 +18,16 @@ HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu"
                   "relu": "relu", "silu": "silu"}
 
 
+# Fields of config.model that leave no trace in shapes, and what files call them that tell.
+SILENT = {
+  "heads": ("num_attention_heads", "num_heads", "heads", "head_width"),
+  "decoder_heads": ("decoder_num_attention_heads", "decoder_num_heads"),
+  "text_heads": ("num_attention_heads", "heads"),
+  "activation": ("hidden_act", "act_layer", "quick_gelu"),
+  "norm_eps": ("layer_norm_eps", "norm_layer"),
+}
+
+
 class Network(NamedTuple):
   """What a file holds, as sections of a config."""
 
@@ -44,6 +54,7 @@ class Format(NamedTuple):
   config: Callable[[Mapping, Any], dict] | None = None  # (config.model, config) -> config.json
   limits: Mapping[str, tuple] = {}  # field of config.model -> what can be written
   suffix: str = ".safetensors"
+  told: tuple[str, ...] = ()  # of SILENT, the fields that its shapes tell
   images: bool = True  # whether the network is one of images, which need preprocessing
   backbone: bool = False  # whether the format has no place for what else a method trains
 
@@ -138,6 +149,19 @@ def preprocessing(config: Mapping, preprocessor: Mapping) -> dict:
   found = dict(mean=mean and tuple(mean), std=std and tuple(std), image_size=size and (size, size),
                interpolation=how)
   return {name: value for name, value in found.items() if value}
+
+
+def assumed(form: Format, model: Mapping, config: Mapping, given: Mapping) -> list[layout.Entry]:
+  """What was taken for granted of a network, as neither shapes nor a file nor the user told it."""
+  def keys(section):
+    return set(section).union(*(keys(x) for x in section.values() if isinstance(x, Mapping)))
+
+  there = keys(config)
+  return [layout.Entry("assumed", "", None, f"config.model.{field} = {model[field]!r}",
+                       note="no shape and no file tells it")
+          for field, names in SILENT.items()
+          if field in model and field not in given and field not in form.told
+          and not there & {*names}]
 
 
 def matches(patterns, names) -> bool:

@@ -149,7 +149,7 @@ class Entry(NamedTuple):
   note: str = ""
 
 
-ORDER = ("taken", "transposed", "aside", "new", "missing", "unexpected", "wrong shape")
+ORDER = ("taken", "transposed", "aside", "new", "assumed", "missing", "unexpected", "wrong shape")
 WRONG = ORDER[-3:]
 
 

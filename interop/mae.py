@@ -39,13 +39,15 @@ def encoder(model: Mapping) -> dict:
 def decoder(shapes, given, embed: str, up: str, told) -> dict:
   """Its fields, of which (width, depth, heads) may be `told`; else those of the paper, table 8."""
   width, depth, heads = told
+  mlp_dim = None
   if embed in shapes:
     width, _ = formats.shape(shapes, embed, 2)
+    mlp_dim, _ = formats.shape(shapes, up.replace("{i}", "0"), 2)
     depth = depth or layout.depth(shapes, up)
     heads = heads or (16 if (width, depth) == (512, 8) else None)
   else:
     width, depth, heads = width or 512, depth or 8, heads or 16
-  return dict(decoder_width=width, decoder_depth=depth,
+  return dict(decoder_width=width, decoder_depth=depth, decoder_mlp_dim=mlp_dim or 4 * width,
               decoder_heads=formats.need(given, "decoder_heads", heads))
 
 
@@ -79,7 +81,7 @@ def hf_out(model, config) -> dict:
               decoder_hidden_size=model["decoder_width"],
               decoder_num_hidden_layers=model["decoder_depth"],
               decoder_num_attention_heads=model["decoder_heads"],
-              decoder_intermediate_size=4 * model["decoder_width"],
+              decoder_intermediate_size=model["decoder_mlp_dim"],
               mask_ratio=config.method.get("mask_ratio", 0.75),
               norm_pix_loss=config.method.get("norm_pix", True), **vit.hf_out(model, config))
 

@@ -15,6 +15,9 @@ QUEUE = [("queue", "queue", "d K -> K d"), ("queue_ptr", "pointer", "1 ->")]
 NEW = (r"extra/(updated|queued_at)|extra/momentum_stats/batch_stats/predictor"
        r"|extra/(queue|pointer)$")
 
+# Of v3's ViTs by width. Its S has twice as many as DeiT's (2104.02057 sec. 5), which fit as well.
+HEADS = {384: 12, 768: 12}
+
 
 def backbone_rows(model: Mapping, theirs: str = "", ours: str = QUERY[0], stats: str = QUERY[1]):
   ours, stats = f"{ours}/backbone", f"{stats}/backbone"
@@ -81,7 +84,10 @@ def v3_describe(shapes, config, given) -> Network:
              predictor_last_norm=f"predictor.{3 * len(predictor) - 2}.running_mean" in shapes)
   sections = dict(augment=formats.IMAGENET)
   if is_vit:
-    model = {**vit.timm_model(inner, config, given, name="moco"), "backbone": "vit", **own}
+    width = formats.shape(inner, "patch_embed.proj.weight", 4)[0]
+    known = {"num_heads": HEADS[width]} if width in HEADS else {}
+    model = {**vit.timm_model(inner, {**known, **config}, given, name="moco"), "backbone": "vit",
+             **own}
     sections.update(optimizer=dict(frozen="backbone/(embed/projection|.*position)"),
                     method=dict(temperature=config.get("T", 0.2)))
     return Network("configs/moco.py:imagenet_vit_b16_v3", model, sections)

@@ -46,7 +46,8 @@ TIMM = [
 
 def position(name: str, model: Mapping, pattern: str = "1 n d -> n d"):
   """The row of a table of positions, with the class token's first if there is one."""
-  ours = "cls_position + position/table" if has_class_token(model) else "position/table"
+  own = has_class_token(model) and model.get("class_position", True)
+  ours = "cls_position + position/table" if own else "position/table"
   return [(name, ours, pattern)]
 
 
@@ -83,7 +84,7 @@ def prefix_positions(tensors: dict, model: Mapping, table: str, cls: str, regist
 
   Without one in the file it is zeros. Registers have no positions: they are added to them.
   """
-  if table not in tensors or cls not in tensors:
+  if table not in tensors or cls not in tensors or not model.get("class_position", True):
     return tensors
   tensors, x = dict(tensors), tensors[table]                                 # 1 before+n d
   before = x.shape[1] - math.prod(side // model["patch"] for side in model["image_size"])
@@ -169,7 +170,7 @@ def timm_out(model, config) -> dict:
       img_size=list(model["image_size"]), patch_size=model["patch"], embed_dim=model["width"],
       depth=model["depth"], num_heads=model["heads"],
       mlp_ratio=model["mlp_dim"] / model["width"],
-      no_embed_class=bool(model.get("registers"))),
+      no_embed_class=bool(model.get("registers")) or not model.get("class_position", True)),
     "pretrained_cfg": dict(input_size=[model["channels"], *augment.image_size],
                            mean=_list(augment.get("mean", 0.5), model["channels"]),
                            std=_list(augment.get("std", 0.5), model["channels"]))}
@@ -367,8 +368,8 @@ def npz_scatter(tensors: dict, model: Mapping) -> dict:
 
 
 HEAD = "params/head"
-HF_LIMITS = dict(pool=("cls",), pre_norm=(False,), norm=("layernorm",), qk_norm=(False,),
-                 pool_before_norm=(False,))
+HF_LIMITS = dict(pool=("cls",), class_position=(True,), pre_norm=(False,),
+                 norm=("layernorm",), qk_norm=(False,), pool_before_norm=(False,))
 VIT_HF = Format(
   "vit/hf", "hf", (r"embeddings\.patch_embeddings", r"\.layernorm_before\."), hf_describe, hf_rows,
   PREFIXES, aside=r"vit\.pooler\..*|vit\.embeddings\.mask_token", new=HEAD, config=hf_vit_out,
@@ -394,11 +395,12 @@ FORMATS = [
          functools.partial(npz_rows, table=POSITION, block=BLOCK),
          (("params/", ""), ("Transformer/pos_embedding", POSITION), (OLD_POSITION, POSITION)),
          new=HEAD, gather=lambda tensors, model: prefix_positions(
-           tensors, model, POSITION, "cls", ""), scatter=npz_scatter, suffix=".npz"),
+           tensors, model, POSITION, "cls", ""), scatter=npz_scatter, suffix=".npz",
+         told=("heads",)),
   Format("vit/augreg", "npz", (r"encoderblock_0/MlpBlock_3/",),
          functools.partial(npz_describe, table=OLD_POSITION, attention=1, mlp=3),
          functools.partial(npz_rows, table=OLD_POSITION, block=OLD_BLOCK),
          (("opt/target/", ""), ("params/", ""), ("pos_embedding", OLD_POSITION)),
          new=HEAD, gather=lambda tensors, model: prefix_positions(
-           tensors, model, OLD_POSITION, "cls", ""), suffix=".npz"),
+           tensors, model, OLD_POSITION, "cls", ""), suffix=".npz", told=("heads",)),
 ]

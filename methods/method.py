@@ -10,7 +10,10 @@ class Method(NamedTuple):
   `extra` is what it carries beside parameters (momentum encoder, queue, statistics); {} for most.
   `draw` adds to a batch the randomness that belongs to its examples (noise, times). It sees the
   whole global batch, so that accumulating gradients over parts of it changes nothing. `warn` looks
-  at logged metrics for what a person should know; it is said once.
+  at logged metrics for what a person should know; it is said once. `statistics` is the path in
+  `extra` of the running statistics that belong to params, a tree like theirs (there is none where
+  the network has no batch norm): an average of params, and a run that starts from them, have them
+  too.
   """
 
   init: Callable  # (rng, batch) -> (params, extra)
@@ -18,3 +21,4 @@ class Method(NamedTuple):
   predict: Mapping[str, Callable]  # name -> (params, extra, batch, rng) -> leading batch axis
   draw: Callable = lambda rng, batch: batch  # (rng, batch) -> batch
   warn: Callable = lambda metrics: ""  # {name: float} -> a warning, or ""
+  statistics: str = ""  # path in `extra`; "": none

@@ -85,12 +85,13 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
 
   def queue_loss(params, extra, batch, rng, step):
     """Algorithm 1 of 1911.05722: keys, logits against the queue as it was, then enqueue."""
-    query, stats = run(params, extra["stats"], batch["image"], rng)
+    query_key, key_key = jax.random.split(rng)
+    query, stats = run(params, extra["stats"], batch["image"], query_key)
     image = batch["image_2"]
     if shuffles:
       order = jnp.argsort(batch["shuffle"])
       image = jnp.take(image, order, axis=0)
-    key, momentum_stats = run(extra["momentum_params"], extra["momentum_stats"], image, rng,
+    key, momentum_stats = run(extra["momentum_params"], extra["momentum_stats"], image, key_key,
                               "encode")
     if shuffles:
       key = jnp.take(key, jnp.argsort(order), axis=0)
@@ -146,4 +147,4 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
                        **kwargs)[1]
 
   predict = image_predictions(model.backbone, encode, lambda params: params["backbone"])
-  return Method(init, loss, predict, draw, warn)
+  return Method(init, loss, predict, draw, warn, statistics="stats/batch_stats")

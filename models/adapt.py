@@ -71,12 +71,15 @@ def adapt(params: dict, there, here) -> tuple[dict, dict[str, str]]:
     if fixed:
       change("position/table", positions.FIXED[there.positions](there.grid, there.width),
              f"fixed {there.positions} become learned")
-      if here.has_class_token:
-        change("cls_position", np.zeros((1, 1, there.width), np.float32), "fixed: zero")
+    if here.has_class_position and not there.has_class_position:
+      change("cls_position", np.zeros((1, 1, there.width), np.float32), "had none: zero")
     if "position/table" in params and there.grid != here.grid:
       change("position/table", np.asarray(positions.resample(
         params["position/table"], there.grid, here.grid, here.resample)),
         f"grid from {there.grid[0]}x{there.grid[1]} to {here.grid[0]}x{here.grid[1]}")
+  if there.has_class_position and not here.has_class_position and here.has_class_token:
+    change("cls", np.asarray(params["cls"]) + np.asarray(params["cls_position"]),
+           "with its position")
   return params, notes
 
 

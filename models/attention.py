@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from models import kernels
-from models.layers import NORMS, Dense
+from models.layers import KERNEL_INITS, NORMS, Dense
 
 
 def cudnn(query, key, value, *, bias=None, mask=None):
@@ -45,6 +45,7 @@ class Attention(nn.Module):
   norm: str = "layernorm"
   norm_eps: float = 1e-6
   dtype: jnp.dtype = jnp.float32
+  kernel_init: str = "xavier"  # a key of layers.KERNEL_INITS
 
   @nn.compact
   def __call__(self, x, memory=None, mask=None, *, rotate=None, bias=None, cache=None, index=0,
@@ -65,7 +66,8 @@ class Attention(nn.Module):
     head_dim = width // self.heads
     fan = dict(in_axis=0, out_axis=(1, 2, 3)) if self.fused_init else dict(
       in_axis=0, out_axis=(2, 3), batch_axis=(1,))
-    kernel = self.param("qkv_kernel", nn.initializers.variance_scaling(
+    init = KERNEL_INITS[self.kernel_init]
+    kernel = self.param("qkv_kernel", init or nn.initializers.variance_scaling(
       1.0, "fan_avg", "uniform", **fan), (width, 3, self.heads, head_dim)).astype(self.dtype)
     offsets = self.param("qkv_bias", nn.initializers.zeros, (3, self.heads, head_dim))
     offsets = offsets.astype(self.dtype)
@@ -101,7 +103,7 @@ class Attention(nn.Module):
     bias = bias(plain, key) if callable(bias) else bias
     mixed = ATTENTION[self.attention](query, key, value, bias=bias, mask=mask)
     out = Dense(width, axis=(-2, -1), name="out", dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform())(mixed)         # b q d
+                kernel_init=init or nn.initializers.xavier_uniform())(mixed)  # b q d
     if cache is not None:
       return out, cache
     if not return_weights:

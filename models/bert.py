@@ -19,7 +19,7 @@ class Bert(nn.Module):
 
   def setup(self):
     own = self.encoder
-    self.head = nn.Dense(own.width, dtype=own.dtype, kernel_init=nn.initializers.normal(0.02))
+    self.head = nn.Dense(own.width, dtype=own.dtype, kernel_init=own.table_init(0.02))
     self.head_norm = own.make_norm()
     self.bias = self.param("bias", nn.initializers.zeros, (own.vocab_size,))
 
@@ -59,7 +59,7 @@ def make(*, variant: str = "", dtype="float32", vocab_size: int | None = None,
   `eos_id`, `pad_id`, `mask_id` and `starts` are the tokenizer's. Raises ValueError as `text.build`.
   """
   bert = dict(placement="post", norm_eps=1e-12, causal=False, mask_padding=True, clip_init=False,
-              embed_norm=True, segments=2, pool="first")
+              embed_norm=True, segments=2, pool="first", kernel_init="truncated")
   tower = text.build(
     text.TextTower, {**bert, **VARIANTS.get(variant, {}), **fields}, prefix="", dtype=dtype,
     variant=next(iter(VARIANTS)), vocab_size=vocab_size, context=context, eos_id=eos_id,

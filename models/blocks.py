@@ -60,18 +60,29 @@ class BlockStyle(nn.Module, kw_only=True):
   attention: str = "auto"  # a key of attention.ATTENTION
   qk_norm: bool = False
   fused_init: bool = False
+  kernel_init: str = "xavier"  # a key of layers.KERNEL_INITS
   layer_scale: float = 0.0  # initial value of 2103.17239's scale; 0 = none
   dropout: float = 0.0  # rate, [0, 1)
+  float32_stream: bool = True  # what blocks add to stays float32, whatever they compute in
   dtype: jnp.dtype = jnp.float32
 
+  @property
+  def stream(self):
+    """The type of what blocks read and add to.
+
+    bfloat16 has 8 bits: a branch below 1/512 of what it is added to (layer scale's 1e-4) would be
+    lost altogether. Under PyTorch's autocast the sum is float32 too.
+    """
+    return jnp.float32 if self.float32_stream else self.dtype
+
   @nn.nowrap
-  def make_norm(self, name: str | None = None):
-    return NORMS[self.norm](epsilon=self.norm_eps, dtype=self.dtype, name=name)
+  def make_norm(self, name: str | None = None, dtype=None):
+    return NORMS[self.norm](epsilon=self.norm_eps, dtype=dtype or self.dtype, name=name)
 
   @nn.nowrap
   def make_attention(self, heads: int, **kwargs):
     return Attention(heads, self.qk_norm, self.fused_init, self.attention, self.norm, self.norm_eps,
-                     self.dtype, **kwargs)
+                     self.dtype, self.kernel_init, **kwargs)
 
 
 def choices(module, of: type) -> dict:
@@ -113,11 +124,12 @@ class Block(BlockStyle):
     placement = PLACEMENTS[self.placement]
 
     def read(x, name):
-      return self.make_norm(f"{name}_norm")(x) if placement.before else x
+      return (self.make_norm(f"{name}_norm")(x) if placement.before else x).astype(self.dtype)
 
     def add(x, branch, name):
       if placement.branch:
         branch = self.make_norm(f"{name}_out_norm")(branch)
+      branch = branch.astype(self.stream)
       if self.layer_scale:
         gamma = self.param(f"{name}_scale", nn.initializers.constant(self.layer_scale),
                            (x.shape[-1],))
@@ -127,7 +139,7 @@ class Block(BlockStyle):
         keep = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_path, (x.shape[0], 1, 1))
         branch = jnp.where(keep, branch / (1 - drop_path).astype(branch.dtype), 0)
       x = (x if self.alpha == 1 else self.alpha * x) + branch
-      return self.make_norm(f"{name}_norm")(x) if placement.after else x
+      return self.make_norm(f"{name}_norm", self.stream)(x) if placement.after else x
 
     own = None if cache is None else (cache["key"], cache["value"])
     y = self.make_attention(self.heads, name="attention")(
@@ -141,7 +153,7 @@ class Block(BlockStyle):
         read(x, "cross_attention"), memory, context.memory_mask, return_weights=return_weights)
       y, more = y if return_weights else (y, more)
       x = add(x, y, "cross_attention")                                       # b n d
-    y = Mlp(self.mlp_dim, self.activation, self.dropout, self.dtype, name="mlp")(
+    y = Mlp(self.mlp_dim, self.activation, self.dropout, self.dtype, self.kernel_init, name="mlp")(
       read(x, "mlp"), train=train)
     x = add(x, y, "mlp")                                                     # b n d
     if cache is not None:

@@ -27,7 +27,7 @@ class TextDecoder(text.TextStyle):
     if self.table is None:
       return x
     table = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.table), index, x.shape[1])
-    return x + table[None].astype(self.dtype)
+    return x.astype(self.stream) + table[None].astype(self.stream)
 
   def logits(self, x):
     """x [b, l, d] -> float32 [b, l, v]."""

@@ -78,9 +78,10 @@ class Condition(nn.Module):
 # --- Blocks ---------------------------------------------------------------------------------------
 
 def modulated_norm(x, shift, scale):
-  """LayerNorm of x [b, n, d] whose scale and shift [b, 1, d] are the example's own."""
+  """LayerNorm of x [b, n, d] whose scale and shift [b, 1, d] are the example's, in their type."""
   ones = jnp.ones(x.shape[-1])
-  return kernels.layer_norm(x, ones, jnp.zeros_like(ones), 1e-6) * (1 + scale) + shift
+  return (kernels.layer_norm(x, ones, jnp.zeros_like(ones), 1e-6, shift.dtype) * (1 + scale)
+          + shift)
 
 
 class Block(nn.Module):
@@ -101,9 +102,10 @@ class Block(nn.Module):
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
     attention = Attention(self.heads, self.qk_norm, fused_init=True, attention=self.attention,
                           dtype=self.dtype, name="attention")
-    x = x + gate_1 * attention(modulated_norm(x, shift_1, scale_1), rotate=rotate)
+    y = gate_1 * attention(modulated_norm(x, shift_1, scale_1), rotate=rotate)
+    x = x + y.astype(x.dtype)
     mlp = Mlp(self.mlp_dim, MLPS[self.mlp], dtype=self.dtype, name="mlp")
-    return x + gate_2 * mlp(modulated_norm(x, shift_2, scale_2))
+    return x + (gate_2 * mlp(modulated_norm(x, shift_2, scale_2))).astype(x.dtype)
 
 
 class Final(nn.Module):
@@ -140,6 +142,7 @@ class DiT(nn.Module):
   attention: str = "auto"
   scan: bool = False  # as in models.transformer.Transformer
   remat: str = "none"
+  float32_stream: bool = True  # as in models.blocks.BlockStyle
   dtype: jnp.dtype = jnp.float32
 
   @property
@@ -156,17 +159,18 @@ class DiT(nn.Module):
     grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
     c = nn.silu(Condition(self.width, self.num_classes, dtype=self.dtype,
                           name="condition")(t, label))                       # b d
-    x = vit.PatchEmbed(self.width, fused_init=True, dtype=self.dtype, name="embed")(
+    x = vit.PatchEmbed(self.width, "xavier", dtype=self.dtype, name="embed")(
       vit.patchify(x, self.patch))                                           # b n d
+    x = x.astype(jnp.float32 if self.float32_stream else self.dtype)
     table = vit.Positions(self.positions, self.grid, self.width, name="position")(grid)
     if table is not None:
-      x = x + table[None].astype(self.dtype)
+      x = x + table[None].astype(x.dtype)
     rotate = positions.rope(grid, self.width // self.heads) if self.rope else None
     block = Block(self.heads, self.mlp_dim, self.mlp, self.qk_norm, self.attention, self.dtype,
                   parent=None)
 
     params = self.param("blocks", init_blocks, block, self.depth,            # leaves: depth ...
-                        jnp.zeros((1, *x.shape[1:]), self.dtype),
+                        jnp.zeros((1, *x.shape[1:]), x.dtype),
                         jnp.zeros((1, self.width), self.dtype))
 
     def step(x, layer):

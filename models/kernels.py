@@ -6,6 +6,7 @@ is a library; products whose result is tall are formed transposed; heads stand b
 that every product of attention is one of contiguous matrices.
 """
 
+import functools
 import math
 
 import jax
@@ -19,21 +20,21 @@ def _row_sums(x, weights):
     default=lambda x, w: (x * w[None]).sum(-1, keepdims=True))
 
 
-@jax.custom_vjp
-def _normalise(x, scale, bias, epsilon):
-  return _normalise_forward(x, scale, bias, epsilon)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _normalise(x, scale, bias, epsilon, dtype):
+  return _normalise_forward(x, scale, bias, epsilon, dtype)[0]
 
 
-def _normalise_forward(x, scale, bias, epsilon):                             # x: n d
+def _normalise_forward(x, scale, bias, epsilon, dtype):                      # x: n d
   x32, shares = x.astype(jnp.float32), jnp.full(x.shape[-1], 1 / x.shape[-1])
   mean = _row_sums(x32, shares)                                              # n 1
   centred = x32 - mean
   rstd = jax.lax.rsqrt(_row_sums(jnp.square(centred), shares) + epsilon)     # n 1
   y = centred * rstd * scale[None] + bias[None]
-  return y.astype(x.dtype), (x, mean, rstd, scale)
+  return y.astype(dtype), (x, mean, rstd, scale)
 
 
-def _normalise_backward(residuals, g):
+def _normalise_backward(dtype, residuals, g):
   x, mean, rstd, scale = residuals
   x, mean, rstd, g = jax.lax.optimization_barrier((x, mean, rstd, g.astype(jnp.float32)))
   normal = (x.astype(jnp.float32) - mean) * rstd
@@ -45,12 +46,14 @@ def _normalise_backward(residuals, g):
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-def layer_norm(x, scale, bias, epsilon: float):
+def layer_norm(x, scale, bias, epsilon: float, dtype=None):
   """(x - mean) / sqrt(var + epsilon) * scale + bias over the last axis (1607.06450 eq. 3).
 
-  The variance is of centred values (the fast form loses half its digits in float32).
+  The variance is of centred values (the fast form loses half its digits in float32). The result is
+  of `dtype`, None: of that of x.
   """
-  return _normalise(x.reshape(-1, x.shape[-1]), scale, bias, epsilon).reshape(x.shape)
+  dtype = jnp.dtype(dtype or x.dtype)
+  return _normalise(x.reshape(-1, x.shape[-1]), scale, bias, epsilon, dtype).reshape(x.shape)
 
 
 @jax.custom_vjp

@@ -11,7 +11,7 @@ from models import kernels
 
 
 class LayerNorm(nn.Module):
-  """`layer_norm` with learned scale and bias; statistics in float32."""
+  """`layer_norm` with learned scale and bias: x as it comes, statistics in float32."""
 
   epsilon: float = 1e-6
   dtype: jnp.dtype = jnp.float32
@@ -20,7 +20,7 @@ class LayerNorm(nn.Module):
   def __call__(self, x):
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return kernels.layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
+    return kernels.layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
 # (epsilon=, dtype=, name=) -> a function of x [..., d]
@@ -29,6 +29,19 @@ NORMS: Mapping[str, Callable[..., Callable]] = {
   "rmsnorm": functools.partial(nn.RMSNorm, use_fast_variance=False),  # 1910.07467
   "none": lambda **_: lambda x: x,
 }
+
+# What the kernels of blocks start from; None: each layer's own Xavier.
+KERNEL_INITS: Mapping[str, nn.initializers.Initializer | None] = {
+  "xavier": None,
+  "normal": nn.initializers.normal(0.02),  # as timm starts a ViT
+  "truncated": nn.initializers.truncated_normal(0.02),  # cut at two deviations: 1810.04805's code
+}
+
+
+def head_kernel(std: float) -> nn.initializers.Initializer:
+  """What the kernel of a linear head starts from: normal of this spread, 0 for zeros."""
+  return nn.initializers.normal(std) if std else nn.initializers.zeros
+
 
 # Of gated layers, what the gate goes through (2002.05202 eq. 5 and 6).
 GATES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -77,14 +90,16 @@ class Mlp(nn.Module):
   activation: str = "gelu"  # a key of ACTIVATIONS
   dropout: float = 0.0  # rate, [0, 1)
   dtype: jnp.dtype = jnp.float32
+  kernel_init: str = "xavier"  # a key of KERNEL_INITS
 
   @nn.compact
   def __call__(self, x, *, train: bool = False):
     width, activation = x.shape[-1], ACTIVATIONS[self.activation]
-    xavier = nn.initializers.xavier_uniform()
+    init = KERNEL_INITS[self.kernel_init]
+    xavier = init or nn.initializers.xavier_uniform()
     dense = functools.partial(Dense, dtype=self.dtype)
     if self.activation in GATES:
-      h = dense((2, gated_hidden(width, self.hidden)), kernel_init=side_by_side,
+      h = dense((2, gated_hidden(width, self.hidden)), kernel_init=init or side_by_side,
                 name="up")(x)                                                # ... 2 hidden
       h = activation(h[..., 0, :]) * h[..., 1, :]                            # ... hidden
     else:

@@ -88,6 +88,7 @@ class Decoder(nn.Module):
   width: int
   depth: int
   heads: int
+  mlp_dim: int
   prefix: int  # tokens before the patches
   resample: str
   stack: Mapping  # what the Transformer shares with the encoder's: a Style
@@ -105,13 +106,15 @@ class Decoder(nn.Module):
     x = jnp.concatenate([visible, filler], axis=1)                           # b n d, shuffled
     x = jnp.take_along_axis(x, restore[:, :, None], axis=1)                  # b n d, image order
     table = vit.Positions(positions, self.grid, d, self.resample, name="position")(grid)
+    stream = jnp.float32 if self.stack["float32_stream"] else dtype
+    x, prefix = x.astype(stream), prefix.astype(stream)
     if table is not None:
-      x = x + table[None].astype(dtype)
+      x = x + table[None].astype(stream)
     if positions == "learned" and self.prefix:
       prefix = prefix + self.param("prefix_position", nn.initializers.normal(0.02),
-                                   (1, self.prefix, d)).astype(dtype)
+                                   (1, self.prefix, d)).astype(stream)
     x = jnp.concatenate([prefix, x], axis=1)                                 # b prefix+n d
-    x = Transformer(self.depth, self.heads, 4 * d, grid=self.grid, name="transformer",
+    x = Transformer(self.depth, self.heads, self.mlp_dim, grid=self.grid, name="transformer",
                     **self.stack)(x, grid=grid, train=train)
     return layers.Dense(self.outputs, name="prediction", **dense)(x[:, self.prefix:])
 
@@ -135,11 +138,12 @@ class MAE(nn.Module):
 
 
 def make(*, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int = 16,
-         positions: str = "sincos2d", pool: str = "mean", class_token: bool = True,
-         fused_init: bool = True, **fields) -> MAE:
+         decoder_mlp_dim: int | None = None, positions: str = "sincos2d", pool: str = "mean",
+         class_token: bool = True, fused_init: bool = True, **fields) -> MAE:
   """A ViT encoder (`vit.make`'s fields) and a decoder; the defaults are the paper's.
 
-  `pool` says which tokens the features are made of after training: "mean" (patches) or "cls".
+  `decoder_mlp_dim` is 4 x `decoder_width` unless given. `pool` says which tokens the features are
+  made of after training: "mean" (patches) or "cls".
   Raises ValueError as `vit.make`, and where decoder_heads does not divide decoder_width.
   """
   if fields.get("patch_stem", "patches") != "patches":
@@ -153,5 +157,6 @@ def make(*, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int
   # Noise and scales that an encoder learns better by are not the decoder's.
   stack = {**choices(encoder, Style), "layer_scale": 0.0, "dropout": 0.0, "drop_path": 0.0}
   decoder = Decoder(encoder.grid, encoder.patch**2 * encoder.channels, decoder_width,
-                    decoder_depth, decoder_heads, encoder.prefix, encoder.resample, stack)
+                    decoder_depth, decoder_heads, decoder_mlp_dim or 4 * decoder_width,
+                    encoder.prefix, encoder.resample, stack)
   return MAE(encoder, decoder)

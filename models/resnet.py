@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from models.batch_norm import BatchNorm
+from models.layers import head_kernel
 from models.transformer import split_by_example
 
 
@@ -96,6 +97,7 @@ class ResNet(nn.Module):
   zero_init: bool = False  # blocks begin as the identity: their last scale is 0 (1706.02677 5.1)
   bn_groups: int = 1  # see `models.batch_norm.BatchNorm`
   bn_momentum: float = 0.9
+  head_init: float = 0.0  # standard deviation of the head's kernel at the start; 0: zeros
   dtype: jnp.dtype = jnp.float32
 
   @nn.nowrap
@@ -128,8 +130,8 @@ class ResNet(nn.Module):
     out = {"tokens": rearrange(x, "b h w d -> b (h w) d"), "features": features, "weights": None}
     if not self.num_classes:
       return features, out
-    head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32,
-                    name="head")
+    head = nn.Dense(self.num_classes, dtype=jnp.float32, name="head",
+                    kernel_init=head_kernel(self.head_init))
     return head(features), out
 
 

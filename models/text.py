@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from models import masks, positions, vit
+from models import layers, masks, positions, vit
 from models.transformer import Style, Transformer, check, choices
 
 # Features are the token at the first `eos_id`, at the largest id (OpenAI's code: their end-of-text
@@ -20,7 +20,8 @@ SHARED = ("activation", "norm", "norm_eps", "placement", "qk_norm", "attention",
 # Fields whose value is a name, and the names: checked before anything is built.
 CHOICES = {**vit.CHOICES, "pool": POOLS,
            "positions": ("none", "learned", "sinusoidal", *positions.RELATIVE)}
-del CHOICES["patch_stem"], CHOICES["resample"]
+for _name in ("patch_stem", "patch_init", "resample"):
+  del CHOICES[_name]
 
 
 def clip_kernels(rng, blocks):
@@ -53,7 +54,12 @@ class TextStyle(Style):
   def make_embed(self, name: str | None = None):
     """The table of token embeddings."""
     return nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name=name,
-                    embedding_init=nn.initializers.normal(0.02))
+                    embedding_init=self.table_init(0.02))
+
+  @nn.nowrap
+  def table_init(self, std: float):
+    """What tables of embeddings start from: the blocks' own, where that is not Xavier's."""
+    return layers.KERNEL_INITS[self.kernel_init] or nn.initializers.normal(std)
 
   @nn.nowrap
   def make_positions(self):
@@ -62,7 +68,7 @@ class TextStyle(Style):
     The tokens are not multiplied by sqrt(d) before, as 1706.03762 sec. 3.4 has it.
     """
     if self.positions == "learned":
-      return self.param("position", nn.initializers.normal(0.01), (self.context, self.width))
+      return self.param("position", self.table_init(0.01), (self.context, self.width))
     if self.positions in positions.FIXED:
       return positions.FIXED[self.positions]((self.context,), self.width)
     return None
@@ -98,13 +104,14 @@ class TextTower(TextStyle):
     x = self.make_embed("embed")(ids)                                        # b l d
     table = self.make_positions()                                            # context d
     if table is not None:
-      x = x + table[None, :length].astype(self.dtype)
+      x = x.astype(self.stream) + table[None, :length].astype(self.stream)
     if self.segments:
-      table = self.param("segment", nn.initializers.normal(0.02), (self.segments, self.width))
+      table = self.param("segment", self.table_init(0.02), (self.segments, self.width))
       x = x + jnp.take(table, jnp.zeros_like(ids) if segments is None else segments,
-                       axis=0).astype(self.dtype)                            # b l d
+                       axis=0).astype(self.stream)                           # b l d
     if self.embed_norm:
-      x = nn.Dropout(self.dropout)(self.make_norm("embed_norm")(x), deterministic=not train)
+      x = nn.Dropout(self.dropout)(self.make_norm("embed_norm", self.stream)(x),
+                                   deterministic=not train)
     place = jnp.arange(length)[None]                                         # 1 l
     end = (ids if self.pool == "argmax" else ids == self.eos_id).argmax(1)[:, None]  # b 1
     padding = None

@@ -25,6 +25,13 @@ REMAT: Mapping[str, Callable | None] = {
 }
 
 
+SPREADS: Mapping[str, Callable] = {
+  # (rate, depth) -> the rate of each block's drop path, [depth]
+  "linear": lambda rate, depth: jnp.linspace(0.0, rate, depth),  # 1603.09382 eq. 4, from 0
+  "uniform": lambda rate, depth: jnp.full(depth, rate, jnp.float32),  # 2204.07118's code
+}
+
+
 # --- A stack of any blocks ------------------------------------------------------------------------
 
 def split_by_example(x):
@@ -64,7 +71,8 @@ def run_blocks(step, x, layers, *, scan: bool, remat: str):
 class Style(BlockStyle, kw_only=True):
   """The choices that a stack of blocks is made by."""
 
-  drop_path: float = 0.0  # rate at the last block; grows linearly from 0 at the first
+  drop_path: float = 0.0  # rate at the last block
+  drop_path_spread: str = "linear"  # a key of SPREADS: what the blocks before it have
   positions: str = "none"  # one of positions.KINDS; the absolute are added before the stack
   rope_base: float | None = None  # these two as in `positions.rope`
   rope_scale: float = 1.0
@@ -185,14 +193,15 @@ class Transformer(Style):
       memory = nn.Dense(x.shape[-1], dtype=self.dtype, name="memory")(memory)  # b m d
 
     def init(rng):
-      example = jnp.zeros((1, *x.shape[1:]), self.dtype)
+      example = jnp.zeros((1, *x.shape[1:]), self.stream)
       context = Context(memory=example if self.cross else None)
       blocks = init_blocks(rng, block, self.depth, example, 0.0, context)
       blocks = self.redraw(rng, blocks) if self.redraw else blocks
       return blocks if beta == 1 else scaled(blocks, beta)
 
     params = self.param("blocks", init)                                      # leaves: depth ...
-    rates = jnp.linspace(0.0, self.drop_path, self.depth)
+    x = x.astype(self.stream)
+    rates = SPREADS[self.drop_path_spread](self.drop_path, self.depth)
     streams = [name for name, rate in [("dropout", self.dropout), ("drop_path", self.drop_path)]
                if train and rate]
     keys = {name: jax.random.split(self.make_rng(name), self.depth) for name in streams}
@@ -220,6 +229,7 @@ class Transformer(Style):
     x = split_by_example(x)
     if self.final_norm and not PLACEMENTS[self.placement].after:
       x = self.make_norm("norm")(x)
+    x = x.astype(self.dtype)
     return x if more is None else (x, more)
 
   def init_cache(self, batch: int, length: int, memory=None):

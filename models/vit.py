@@ -12,7 +12,7 @@ from models.attention import ATTENTION, Attention
 from models.batch_norm import BatchNorm
 from models.blocks import PLACEMENTS
 from models.stems import STEMS, check_stem, first_filters
-from models.transformer import REMAT, Style, Transformer, check, choices
+from models.transformer import REMAT, SPREADS, Style, Transformer, check, choices
 
 
 class Size(NamedTuple):
@@ -35,10 +35,17 @@ SIZES = {
 }
 
 POOLS = ("cls", "mean", "map", "none")
+PATCH_INITS = {  # what the kernel of the patch embedding starts from
+  "lecun": nn.initializers.lecun_normal(),  # as big_vision's convolution
+  "xavier": nn.initializers.xavier_uniform(),  # over the whole patch (MAE, MoCo v3)
+  "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # PyTorch's convolution
+}
 
 # Fields whose value is a name, and the names: checked before anything is built.
 CHOICES = {"pool": POOLS, "patch_stem": STEMS, "positions": positions.KINDS,
            "resample": positions.RESAMPLE, "activation": layers.ACTIVATIONS, "norm": layers.NORMS,
+           "kernel_init": layers.KERNEL_INITS, "drop_path_spread": SPREADS,
+           "patch_init": PATCH_INITS,
            "placement": PLACEMENTS, "attention": ATTENTION, "remat": REMAT,
            "dtype": ("float32", "bfloat16", "float16")}
 
@@ -66,15 +73,14 @@ class PatchEmbed(nn.Module):
   """A dense layer on patches: the strided convolution of ViT, said as the matrix product it is."""
 
   width: int
-  fused_init: bool = False  # Xavier over the whole patch (MAE), else Lecun as a convolution's
+  init: str = "lecun"  # a key of PATCH_INITS
   dtype: jnp.dtype = jnp.float32
   use_bias: bool = True
 
   @nn.compact
   def __call__(self, patches):
-    init = nn.initializers.xavier_uniform() if self.fused_init else nn.initializers.lecun_normal()
-    return nn.Dense(self.width, self.use_bias, kernel_init=init, dtype=self.dtype,
-                    name="projection")(patches.astype(self.dtype))           # b n d
+    return nn.Dense(self.width, self.use_bias, kernel_init=PATCH_INITS[self.init],
+                    dtype=self.dtype, name="projection")(patches.astype(self.dtype))  # b n d
 
 
 class Positions(nn.Module):
@@ -84,6 +90,7 @@ class Positions(nn.Module):
   grid: tuple[int, int]  # patches; the grid that a learned table is made for
   width: int
   resample: str = "antialias"  # a key of positions.RESAMPLE
+  std: float = 0.02  # of learned ones at the start
 
   @nn.compact
   def __call__(self, grid: tuple[int, int]):
@@ -92,7 +99,7 @@ class Positions(nn.Module):
     if self.kind in positions.FIXED:  # of the grid it is made for: another's would be farther out
       table = jnp.asarray(positions.FIXED[self.kind](self.grid, self.width))
     else:
-      table = self.param("table", nn.initializers.normal(0.02),
+      table = self.param("table", nn.initializers.normal(self.std),
                          (self.grid[0] * self.grid[1], self.width))
     return positions.resample(table, self.grid, grid, self.resample)
 
@@ -135,13 +142,20 @@ class ViT(Style, kw_only=True):
   pool: str = "cls"  # one of POOLS
   pool_before_norm: bool = False  # norm after pooling (timm's and MAE's fc_norm), not on tokens
   class_token: bool | None = None  # None: as the pooling needs
+  class_position: bool = True  # with learned positions the class token has one too
   registers: int = 0  # tokens (2309.16588)
   patch_bias: bool = True
+  patch_init: str = ""  # a key of PATCH_INITS; "": xavier with fused_init, else lecun
   pre_norm: bool = False  # a norm before the first block too (CLIP)
-  positions: str = "learned"  # one of positions.KINDS; learned ones have a row for the class token
+  positions: str = "learned"  # one of positions.KINDS
+  position_init: float = 0.02  # standard deviation of learned ones at the start
+  token_init: float = 0.02  # that of the class token and of registers
   resample: str = "antialias"
+  pre_logits: int = 0  # features of a dense layer with tanh before the head (2010.11929); 0: none
+  head_init: float = 0.0  # standard deviation of the head's kernel at the start; 0: zeros
   head_bias_init: float = 0.0
   probe_norm: bool = False  # batch norm, without scale and bias, before the head (MAE's probe)
+  bn_groups: int = 1  # of that: see `models.batch_norm.BatchNorm`
   read_by: int = 0  # depth of a decoder that reads its tokens: for DeepNorm
 
   @property
@@ -152,34 +166,44 @@ class ViT(Style, kw_only=True):
   def has_class_token(self) -> bool:
     return self.pool == "cls" if self.class_token is None else self.class_token
 
+  @property
+  def has_class_position(self) -> bool:
+    return self.has_class_token and self.class_position and self.positions == "learned"
+
   def setup(self):
     if self.patch_stem != "patches":
       self.convolutions = STEMS[self.patch_stem](self.width, self.patch, self.dtype)
-    self.embed = PatchEmbed(self.width, self.fused_init, self.dtype, self.patch_bias)
-    self.position = Positions(self.positions, self.grid, self.width, self.resample)
+    self.embed = PatchEmbed(
+      self.width, self.patch_init or ("xavier" if self.fused_init else "lecun"), self.dtype,
+      self.patch_bias)
+    self.position = Positions(self.positions, self.grid, self.width, self.resample,
+                              self.position_init)
     if self.has_class_token:
-      self.cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, self.width))
-      if self.positions == "learned":
-        self.cls_position = self.param("cls_position", nn.initializers.normal(0.02),
+      self.cls = self.param("cls", nn.initializers.normal(self.token_init), (1, 1, self.width))
+      if self.has_class_position:
+        self.cls_position = self.param("cls_position", nn.initializers.normal(self.position_init),
                                        (1, 1, self.width))
     if self.registers:
-      self.register_tokens = self.param("registers", nn.initializers.normal(0.02),
+      self.register_tokens = self.param("registers", nn.initializers.normal(self.token_init),
                                         (1, self.registers, self.width))
     self.transformer = Transformer(self.depth, self.heads, self.mlp_dim, grid=self.grid,
                                    final_norm=not self.pool_before_norm,
                                    decoder_depth=self.read_by, **choices(self, Style))
     if self.pre_norm:
-      self.input_norm = self.make_norm()
+      self.input_norm = self.make_norm(dtype=self.stream)
     if self.pool_before_norm:
       self.pool_norm = self.make_norm()
     if self.pool == "map":
       self.map_pool = AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm,
                                     self.norm_eps, self.dtype)
     if self.probe_norm:
-      self.head_norm = BatchNorm(affine=False, epsilon=1e-6, dtype=jnp.float32)
+      self.head_norm = BatchNorm(self.bn_groups, affine=False, epsilon=1e-6, dtype=jnp.float32)
+    if self.num_classes and self.pre_logits:
+      self.representation = nn.Dense(self.pre_logits, dtype=self.dtype)
     if self.num_classes:
-      self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32,
-                           bias_init=nn.initializers.constant(self.head_bias_init))
+      self.head = nn.Dense(self.num_classes, kernel_init=layers.head_kernel(self.head_init),
+                           bias_init=nn.initializers.constant(self.head_bias_init),
+                           dtype=jnp.float32)
 
   @property
   def prefix(self) -> int:
@@ -220,17 +244,17 @@ class ViT(Style, kw_only=True):
     table = self.position(grid)                                              # n d
     if keep is not None:
       patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)       # b m p*p*c
-    x = self.embed(patches)                                                  # b m d
+    x = self.embed(patches).astype(self.stream)                              # b m d
     if table is not None:
-      table = table.astype(self.dtype)
+      table = table.astype(self.stream)
       x = x + (table[None] if keep is None else jnp.take(table, keep, axis=0))
     prefix = []
     if self.has_class_token:
-      cls = self.cls + self.cls_position if self.positions == "learned" else self.cls
+      cls = self.cls + self.cls_position if self.has_class_position else self.cls
       prefix.append(cls)
     if self.registers:
       prefix.append(self.register_tokens)
-    prefix = [jnp.broadcast_to(t.astype(self.dtype), (x.shape[0], *t.shape[1:])) for t in prefix]
+    prefix = [jnp.broadcast_to(t.astype(self.stream), (x.shape[0], *t.shape[1:])) for t in prefix]
     x = jnp.concatenate([*prefix, x], axis=1)                                # b prefix+m d
     x = self.input_norm(x) if self.pre_norm else x
     return self.transformer(x, grid=grid, keep=keep, train=train, return_weights=return_weights)
@@ -262,6 +286,8 @@ class ViT(Style, kw_only=True):
     out = {"tokens": tokens[:, self.prefix:], "features": features, "weights": weights}
     if not self.num_classes:
       return features, out
+    if self.pre_logits:
+      features = nn.tanh(self.representation(features))
     return self.head(self.head_norm(features, train=train) if self.probe_norm else features), out
 
 

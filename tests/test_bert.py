@@ -271,9 +271,10 @@ def test_clips_text_tower_starts_from_bert(run):
   data_dir, workdir = run
   config = recipe.load_config("configs/clip.py:smoke", {"init.text_run": str(workdir)})
   built = recipe.build(config, str(data_dir))
-  taken = transfer.take(built.config, loop.abstract_state(built)[0], **built.config.init)
+  taken = transfer.take(built.config, loop.abstract_state(built)[0], built.method,
+                        **built.config.init)
   before = jax.jit(loop.initial_state(built))()
-  state = transfer.put(before, taken)
+  state = transfer.put(before, taken, built.method)
   source = checkpoints.load_run(workdir)
   names = ["digit one, sans", "digit nine, bold italic serif"]
   ids = source.tokenize(names)
@@ -288,7 +289,7 @@ def test_clips_text_tower_starts_from_bert(run):
            for became in ("taken", "ignored")}
   assert fates == {"taken": {"text"}, "ignored": {"head", "head_norm", "bias"}}
   both = {"run": str(workdir), "source": "encoder/embed", "into": "text/embed"}  # and another part
-  twice = transfer.take(built.config, before, **both, text_run=str(workdir))
+  twice = transfer.take(built.config, before, built.method, **both, text_run=str(workdir))
   chex.assert_trees_all_equal(twice.params, taken.params)
   assert len(twice.rows) > len(taken.rows)
   # A finished run is evaluated without the other.
@@ -317,7 +318,8 @@ def test_towers_that_do_not_fit(run, name, overrides, message):
   overrides = {"init.text_run": str(workdir), **overrides}
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     built = recipe.build(recipe.load_config(f"configs/{name}.py:smoke", overrides), str(data_dir))
-    transfer.take(built.config, loop.abstract_state(built)[0], **built.config.init)
+    transfer.take(built.config, loop.abstract_state(built)[0], built.method,
+                        **built.config.init)
 
 
 # --- How well it is told --------------------------------------------------------------------------

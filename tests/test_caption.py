@@ -322,7 +322,8 @@ def test_it_learns_to_say_what_it_is_shown_and_starts_from_other_runs(tmp_path):
   assert run_train("vit", vit, data_dir, **{"evals.classification": None}) == 0
   config = recipe.load_config("configs/caption.py:smoke", {"init.run": vit})
   built = recipe.build(config, data_dir)
-  taken = transfer.take(built.config, loop.abstract_state(built)[0], **config.init).params
+  taken = transfer.take(built.config, loop.abstract_state(built)[0], built.method,
+                        **config.init).params
   expected = {"image/" + path_name(path): x for path, x in
               jax.tree.leaves_with_path(load_run(vit).params) if path_name(path)[:5] != "head/"}
   chex.assert_trees_all_equal(taken, expected)

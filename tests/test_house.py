@@ -62,9 +62,11 @@ def variants():
 
 
 PARAMETERS = {  # of published recipes: encoder, decoder and head as each trains them
-  "configs/vit.py:imagenet_s16": 22_050_664 + 12 * 2 * 384,  # with layer scale
-  "configs/vit.py:imagenet_b16": 86_567_656 + 12 * 2 * 768 - (197 - 145) * 768,  # at 192 px
-  "configs/vit.py:imagenet_b16_augreg": 86_567_656,
+  # With layer scale, without a position of the class token; B/16 at 192 pixels.
+  "configs/vit.py:imagenet_s16": 22_050_664 + 12 * 2 * 384 - 384,
+  "configs/vit.py:imagenet_b16": 86_567_656 + 12 * 2 * 768 - (197 - 144) * 768,
+  # big_vision's, with a dense layer before the head.
+  "configs/vit.py:imagenet_b16_augreg": 86_567_656 - 768 + 768 * 769,
   # The published counts include the fixed position tables of encoder and decoder.
   "configs/mae.py:imagenet_b16": 111_907_840 - 197 * (768 + 512),
   "configs/mae.py:imagenet_l16": 329_541_888 - 197 * (1024 + 512),

@@ -12,7 +12,7 @@ from methods import mae as mae_method
 from methods.method import Method
 from models import mae, vit
 from trainer import optimizer, schedule
-from trainer.state import TrainState, count_flops, make_step
+from trainer.state import TrainState, count_flops, make_step, statistics, with_statistics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -63,6 +63,28 @@ def test_schedule(name, warmup, cooldown):
                              rtol=3e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_schedule_from_another_rate_held_late_and_from_the_start(name):
+  """timm's CosineLRScheduler of 100 epochs, stepped at the end of each, as DeiT's is."""
+  rate = schedule.make(total_steps=1000, name=name, warmup_steps=50, warmup_from=0.02, end=0.1,
+                       from_start=True, hold_steps=10, delay_steps=10)
+
+  def expected(epoch):
+    return 0.02 + 0.98 * epoch / 5 if epoch < 5 else NP_DECAYS[name](epoch / 100, epoch)
+
+  steps = np.array([0, 9, 10, 19, 20, 59, 60, 77, 500, 999])
+  np.testing.assert_allclose(jax.jit(rate)(jnp.asarray(steps)),
+                             [expected(max(s // 10 - 1, 0)) for s in steps], rtol=3e-6)
+
+
+@pytest.mark.parametrize("fields,message", [
+  (dict(warmup_from=1.5), r"schedule.warmup_from = 1.5"), (dict(end=-1.0), "schedule.end = -1.0"),
+  (dict(hold_steps=0), "schedule.hold_steps = 0"), (dict(delay_steps=-1), "delay_steps = -1")])
+def test_schedules_that_cannot_be(fields, message):
+  with pytest.raises(ValueError, match=message):
+    schedule.make(total_steps=10, **fields)
+
+
 def test_schedule_longer_than_the_run():
   with pytest.raises(ValueError, match=r"\(7 steps\).*\(4\).*\(10\)"):
     schedule.make(total_steps=10, warmup_steps=7, cooldown_steps=4)
@@ -75,15 +97,19 @@ def average(s, name, decay, x):
   return s[name]
 
 
-def np_adamw(p, g, s, t, lr, wd, b1=0.9, b2=0.999, eps=1e-8, trust=lambda p, u: 1):
-  m, v = average(s, "m", b1, g) / (1 - b1**t), average(s, "v", b2, g**2) / (1 - b2**t)
+def np_adamw(p, g, s, t, lr, wd, b1=0.9, b2=0.999, eps=1e-8, trust=lambda p, u: 1, debias=True):
+  m, v = average(s, "m", b1, g), average(s, "v", b2, g**2)
+  m, v = (m / (1 - b1**t), v / (1 - b2**t)) if debias else (m, v)
   u = m / (np.sqrt(v) + eps) + wd * p
   return p - lr * trust(p, u) * u
 
 
-def np_lamb(p, g, s, t, lr, wd, eps=1e-6, **options):
-  return np_adamw(p, g, s, t, lr, wd, eps=eps, **options,
-                  trust=lambda p, u: np.linalg.norm(p) / np.linalg.norm(u))
+def np_lamb(p, g, s, t, lr, wd, eps=1e-6, always_adapt=False, **options):
+  """Apex's FusedLAMB: csrc/multi_tensor_lamb.cu, use_nvlamb off."""
+  def trust(p, u):
+    norms = np.linalg.norm(p), np.linalg.norm(u)
+    return norms[0] / norms[1] if (wd or always_adapt) and min(norms) > 0 else 1
+  return np_adamw(p, g, s, t, lr, wd, eps=eps, **options, trust=trust)
 
 
 def np_sgd(p, g, s, t, lr, wd, momentum=0.9, nesterov=False):
@@ -94,7 +120,7 @@ def np_sgd(p, g, s, t, lr, wd, momentum=0.9, nesterov=False):
 
 def np_lars(p, g, s, t, lr, wd, momentum=0.9, trust_coefficient=1e-3):
   g = g + wd * p
-  if wd:  # biases and norms are not adapted
+  if wd and p.any():  # biases and norms are not adapted, nor is what is zero
     g = g * trust_coefficient * np.sqrt((p**2).sum() / (g**2).sum())
   return np_sgd(p, g, s, t, lr, 0, momentum)
 
@@ -105,28 +131,34 @@ def np_lion(p, g, s, t, lr, wd, b1=0.9, b2=0.99):
   return p - lr * (u + wd * p)
 
 
-def np_adafactor(p, g, s, t, lr, wd, decay_rate=0.8, momentum=0.9, clipping_threshold=1.0):
-  beta = 1 - t**-decay_rate
-  if g.ndim == 2 and min(g.shape) >= 128:
+def np_adafactor(p, g, s, t, lr, wd, decay_rate=0.8, momentum=0.9, clipping_threshold=None,
+                 beta2_cap=0.999, min_dim_size_to_factor=32):
+  """big_vision's scale_by_adafactor; 2106.04560 sec. 3.4."""
+  beta = min(beta2_cap, 1 - t**-decay_rate)
+  if g.ndim == 2 and min(g.shape) >= min_dim_size_to_factor:
     rows, columns = (average(s, axis, beta, (g**2).mean(axis)) for axis in (1, 0))
     v = np.outer(rows, columns) / rows.mean()
   else:
     v = average(s, "v", beta, g**2)
   u = g / np.sqrt(v)
-  u = u / max(1, np.sqrt((u**2).mean()) / clipping_threshold)
+  if clipping_threshold:
+    u = u / max(1, np.sqrt((u**2).mean()) / clipping_threshold)
   return p - lr * ((average(s, "m", momentum, u) if momentum else u) + wd * p)
 
 
 @pytest.mark.parametrize("name,options", [
-  ("adamw", {}), ("adamw", dict(b1=0.5, b2=0.8, eps=0.1)), ("sgd", {}),
+  ("adamw", {}), ("adamw", dict(debias=False)),
+  ("adamw", dict(b1=0.5, b2=0.8, eps=0.1)), ("sgd", {}),
   ("sgd", dict(momentum=0.5, nesterov=True)), ("lars", {}),
   ("lars", dict(momentum=0.5, trust_coefficient=0.02)), ("lamb", {}),
-  ("lamb", dict(b2=0.8, eps=0.1)), ("lion", {}), ("lion", dict(b1=0.5, b2=0.6)), ("adafactor", {}),
-  ("adafactor", dict(momentum=None, decay_rate=0.5, clipping_threshold=0.5))])
+  ("lamb", dict(b2=0.8, eps=0.1)), ("lamb", dict(always_adapt=True)), ("lion", {}),
+  ("lion", dict(b1=0.5, b2=0.6)), ("adafactor", {}),
+  ("adafactor", dict(momentum=None, decay_rate=0.5, clipping_threshold=0.5)),
+  ("adafactor", dict(beta2_cap=0.3, min_dim_size_to_factor=128))])
 def test_three_steps(name, options):
-  """Stacked blocks must move as if each layer were a tensor of its own."""
-  shapes = {"net/blocks/up/kernel": (2, 128, 130), "net/blocks/up/bias": (2, 130),
-            "head/kernel": (6, 5), "head/bias": (5,)}
+  """Stacked blocks must move as if each layer were a tensor of its own; two tensors are zero."""
+  shapes = {"net/blocks/up/kernel": (2, 34, 130), "net/blocks/up/bias": (2, 130),
+            "head/kernel": (6, 5), "head/bias": (5,), "net/blocks/mlp_scale": (2, 7)}
   tx, rate = optimizer.make(name=name, schedule=lambda step: (step + 1) / 4, batch_size=8, lr=0.2,
                             weight_decay=0.3, **options)
   params = filled(shapes, 0)
@@ -134,6 +166,8 @@ def test_three_steps(name, options):
   params["net"]["blocks"]["up"] = jax.tree.map(
     lambda x: x * np.array([1, 9], np.float32).reshape(2, *[1] * (x.ndim - 1)),
     params["net"]["blocks"]["up"])
+  params["head"] = jax.tree.map(np.zeros_like, params["head"])
+  params["net"]["blocks"]["mlp_scale"] = np.full((2, 7), 1e-4, np.float32)
   layers = {path: [np.float64(x) for x in (leaf if "blocks" in path else [leaf])]
             for path, leaf in flatten_dict(params, sep="/").items()}
   memory = {path: [{} for _ in parts] for path, parts in layers.items()}
@@ -312,6 +346,41 @@ def test_step_is_gradient_descent(accumulate, average):
     weights = np.diff(np.arange(5)**2.5, prepend=0) / 4**2.5
   ema = np.tensordot(weights, path, 1)
   np.testing.assert_allclose(state.ema["w"], ema, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_average_has_statistics_of_its_own(accumulate):
+  """Running means of a network whose features are x * w: those of the average are x * its w."""
+  def loss(params, extra, batch, rng, step):
+    part = batch["x"] * params["w"]
+    mean = 0.9 * extra["net"]["batch_stats"]["mean"] + 0.1 * part.mean()
+    return part.mean(), ({"net": {"batch_stats": {"mean": mean}}, "steps": extra["steps"] + 1}, {})
+
+  method = Method(None, loss, {}, statistics="net/batch_stats")
+  extra = {"net": {"batch_stats": {"mean": jnp.zeros(())}}, "steps": jnp.zeros((), jnp.int32)}
+  assert statistics(method, extra) == extra["net"]["batch_stats"]
+  tx = optax.sgd(0.5)
+  step = jax.jit(make_step(method, tx, lambda rng, batch: batch, seed=0, ema_decay=0.5,
+                           accumulate=accumulate))
+  w = {"w": jnp.float32(8.0)}
+  state = TrainState(jnp.zeros((), jnp.int32), w, tx.init(w), extra, dict(w),
+                     {"mean": jnp.zeros(())})
+  own_mean, own_w, ema_w, ema_mean = 0.0, 8.0, 8.0, 0.0
+  for t in range(3):
+    x = normal(4, seed=t)
+    state, _ = step(state, {"x": x})
+    for part in (x[i::accumulate] for i in range(accumulate)):
+      own_mean = 0.9 * own_mean + 0.1 * part.mean() * own_w
+    own_w -= 0.5 * x.mean()
+    ema_w = 0.5 * ema_w + 0.5 * own_w
+    ema_mean = 0.9 * ema_mean + 0.1 * x[::accumulate].mean() * ema_w
+  np.testing.assert_allclose(
+    [state.extra["net"]["batch_stats"]["mean"], state.ema["w"], state.ema_statistics["mean"]],
+    [own_mean, ema_w, ema_mean], rtol=1e-5)
+  assert abs(own_mean - ema_mean) > 1e-3
+  evaluated = with_statistics(method, state.extra, state.ema_statistics)
+  assert evaluated["net"]["batch_stats"] is state.ema_statistics
+  assert evaluated["steps"] is state.extra["steps"]
 
 
 def test_accumulation_changes_no_draw():

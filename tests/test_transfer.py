@@ -48,7 +48,7 @@ def build(data_dir, run, **overrides):
   overrides = {"init": str(run), **overrides}
   built = recipe.build(recipe.load_config("configs/finetune.py:smoke", overrides), data_dir)
   state, _ = loop.abstract_state(built)
-  return built, transfer.take(built.config, state, **built.config.init.to_dict())
+  return built, transfer.take(built.config, state, built.method, **built.config.init.to_dict())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +62,7 @@ def test_every_family_gives_its_image_network(runs, data_dir, family):
       np.testing.assert_array_equal(taken.params[path], array)
   assert built.config.method.name == "supervised"
   state = jax.jit(loop.initial_state(built))()
-  new = transfer.put(state, taken)
+  new = transfer.put(state, taken, built.method)
   chex.assert_trees_all_equal(new.params["head"], state.params["head"])
   assert sum(became == "new" for _, _, became in taken.rows) == 2
   assert {path.split("/")[0] for path, _, became in taken.rows if became == "ignored"} == {
@@ -92,7 +92,7 @@ def test_another_image_size_resamples_positions(runs, data_dir, kind):
   assert ("position/table", "(36, 32)", "grid from 4x4 to 6x6") in larger.rows
   # At its own size the new network says exactly what the old one says.
   built, taken = build(data_dir, run, **{"init.fresh": "none"})
-  state = transfer.put(jax.jit(loop.initial_state(built))(), taken)
+  state = transfer.put(jax.jit(loop.initial_state(built))(), taken, built.method)
   image = np.random.default_rng(0).normal(size=(3, 16, 16, 1)).astype(np.float32)
   logits = [jax.jit(method.predict["logits"])(params, {}, {"image": image}, None) for method, params
             in ((built.method, state.params), (source.method, source.params))]
@@ -166,7 +166,7 @@ def test_only_the_last_blocks_are_tuned(runs, data_dir, tuned):
   """Parameters and gradients before them stay zero changes; the clip norm does not see them."""
   built, taken = build(data_dir, runs("mae"), **{
     "optimizer.tuned_blocks": str(tuned), "schedule.warmup_steps": "0"})
-  state = transfer.put(jax.jit(loop.initial_state(built))(), taken)
+  state = transfer.put(jax.jit(loop.initial_state(built))(), taken, built.method)
   state = state._replace(params={**state.params, "head": jax.tree.map(
     lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape), state.params["head"])})
   before = jax.tree.map(np.array, state.params)

@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 
 from trainer import recipe, sharding
 from trainer.logging import read_metrics
-from trainer.state import TrainState
+from trainer.state import TrainState, with_statistics
 
-ITEMS = ("params", "opt", "extra", "ema")  # of a checkpoint; those without arrays are left out
+# Of a checkpoint; those without arrays are left out.
+ITEMS = ("params", "opt", "extra", "ema", "ema_statistics")
 TOKENIZER = "tokenizer.json"  # in the run directory, of runs on text
 CHOICES = {"on_error": ("raise", "warn"), "best_mode": ("max", "min")}
 log = logging.getLogger("vitrine")
@@ -211,12 +212,23 @@ class Checkpoints:
                             "run directory to train anew")
     return None
 
-  def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
-    """(state, metadata) of the newest whole checkpoint, onto any mesh; None if there is none."""
-    found = self.newest(lambda step: self.read(step, _items(abstract)))
+  def restore(self, abstract: TrainState,
+              absent: Mapping[str, Callable] | None = None) -> tuple[TrainState, dict] | None:
+    """(state, metadata) of the newest whole checkpoint, onto any mesh; None if there is none.
+
+    `absent` says what items are that a checkpoint of older code has not: {name: (items) -> tree}.
+    """
+    def read(step):
+      there = {name: tree for name, tree in _items(abstract).items()
+               if name not in (absent or {}) or (self.directory / str(step) / name).exists()}
+      return self.read(step, there)
+
+    found = self.newest(read)
     if found is None:
       return None
     step, (items, facts) = found
+    items |= {name: jax.tree.map(jnp.copy, absent[name](items))
+              for name in _items(abstract) if name not in items}
     array = jax.make_array_from_callback((), abstract.step.sharding,
                                          lambda _: np.asarray(step, np.int32))
     return abstract._replace(step=array, **{name: items[name] for name in _items(abstract)}), facts
@@ -284,7 +296,8 @@ def load_run(workdir, step: int | None = None) -> Run:
 
   step, items = (step, read(step)) if step is not None else checkpoints.newest(read)
   checkpoints.close()
-  params, extra = items.get("ema") or items["params"], items.get("extra") or {}
+  params = items.get("ema") or items["params"]
+  extra = with_statistics(method, items.get("extra") or {}, items.get("ema_statistics"))
   predict = make_predict(method, lambda: (params, extra))
 
   def preprocess(images):
@@ -302,7 +315,7 @@ def load_run(workdir, step: int | None = None) -> Run:
 def _shapes(checkpoints: Checkpoints, step: int) -> dict:
   try:
     metadata = checkpoints.manager.item_metadata(step)
-    trees = {name: metadata[name] for name in ("params", "extra", "ema")
+    trees = {name: metadata[name] for name in ITEMS if name != "opt"
              if metadata.get(name) is not None}
     sizes = [math.prod(m.shape) for m in jax.tree.leaves(trees)]
   except Exception as error:

@@ -22,7 +22,7 @@ from trainer import report as reports
 from trainer.logging import Reporter, duration, print_evaluations
 from trainer.optimizer import stop_frozen
 from trainer.preemption import Preempted, listen
-from trainer.state import count_flops, make_init, make_step
+from trainer.state import count_flops, make_init, make_step, statistics, with_statistics
 
 # Fields that do not change what is computed: a run may be continued with others.
 FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect",
@@ -126,7 +126,9 @@ def weights_of(recipe, init, shardings, get_state) -> dict:
   """What evaluators evaluate: "trained" (the running average if kept) and "untrained"."""
   def trained():
     state = get_state()
-    return (state.params if state.ema is None else state.ema), state.extra
+    if state.ema is None:
+      return state.params, state.extra
+    return state.ema, with_statistics(recipe.method, state.extra, state.ema_statistics)
 
   initial = jax.jit(lambda: (init().params, init().extra),
                     out_shardings=(shardings.params, shardings.extra))
@@ -178,7 +180,8 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     abstract, shardings = abstract_state(recipe, init)
     taken = None
     if config.init and not checkpoints.exist(workdir):
-      taken = recipes.call(transfer.take, config.init, "init", config=config, state=abstract)
+      taken = recipes.call(transfer.take, config.init, "init", config=config, state=abstract,
+                           method=recipe.method)
   except (ValueError, FileNotFoundError) as error:  # what only the parameters' shapes can tell
     raise TrainingError(str(error)) from error
   check_same_run(workdir, facts["config"])
@@ -186,7 +189,8 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     keep_tokenizer(workdir / checkpoints.TOKENIZER, recipe.data.tokenizer.to_json())
   store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
                        metadata=facts)
-  restored = store.restore(abstract)
+  restored = store.restore(abstract, {
+    "ema_statistics": lambda items: statistics(recipe.method, items["extra"])})
   start = int(restored[0].step) if restored else 0
   if start < recipe.total:
     compiler = ThreadPoolExecutor(1)  # beside what is done until the first step
@@ -198,7 +202,7 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
   else:
     state = jax.jit(init, out_shardings=shardings,
                     compiler_options=sharding.compiler_options(mesh))()
-    state = transfer.put(state, taken) if taken else state
+    state = transfer.put(state, taken, recipe.method) if taken else state
 
   # --- What runs on the mesh, and what tells of it ------------------------------------------------
   evaluate = evaluation.make_evaluate(

@@ -167,14 +167,44 @@ def _muon(learning_rate, weight_decay, mask, *, beta: float = 0.95, ns_steps: in
     "adamw": _adamw(learning_rate, weight_decay, mask, b1=b1, b2=b2)}, labels)
 
 
+def _scale_by_raw_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """m / (sqrt(v) + eps) of moments that are not debiased (1810.04805's code)."""
+  def init(params):
+    return optax.ScaleByAdamState(jax.numpy.zeros((), jax.numpy.int32),
+                                  optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+
+  def update(updates, state, params=None):
+    m = optax.tree.update_moment(updates, state.mu, b1, 1)
+    v = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+    return (jax.tree.map(lambda m, v: m / (jax.numpy.sqrt(v) + eps), m, v),
+            optax.ScaleByAdamState(state.count + 1, m, v))
+
+  return optax.GradientTransformation(init, update)
+
+
 def _adamw(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.999,
-           eps: float = 1e-8):
-  return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+           eps: float = 1e-8, debias: bool = True):
+  if debias:
+    return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+  return optax.chain(_scale_by_raw_adam(b1, b2, eps),
+                     optax.add_decayed_weights(weight_decay, mask),
+                     optax.scale_by_learning_rate(learning_rate))
 
 
 def _lamb(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.999,
-          eps: float = 1e-6):
-  return optax.lamb(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+          eps: float = 1e-6, always_adapt: bool = False):
+  """LAMB (1904.00962 algorithm 2) as Apex's FusedLAMB and timm have it.
+
+  The trust ratio is of the tensors that decay: without it a bias, a norm or layer scale moves as
+  under Adam, where with it one that starts near zero could grow by a factor of 1 + rate a step
+  only. `always_adapt` gives it to all.
+  """
+  adapted = (lambda params: jax.tree.map(lambda _: True, params)) if always_adapt else (
+    mask if weight_decay else (lambda params: jax.tree.map(lambda _: False, params)))
+  return optax.chain(optax.scale_by_adam(b1, b2, eps),
+                     optax.add_decayed_weights(weight_decay, mask),
+                     optax.masked(optax.scale_by_trust_ratio(), adapted),
+                     optax.scale_by_learning_rate(learning_rate))
 
 
 def _lion(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.99):
@@ -182,13 +212,23 @@ def _lion(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.9
 
 
 def _adafactor(learning_rate, weight_decay, mask, *, decay_rate: float = 0.8,
-               momentum: float = 0.9, clipping_threshold: float = 1.0):
-  """Adafactor as 2106.04560 sec. 3.4 trains with: no parameter scale, a first moment."""
-  return optax.chain(optax.scale_by_factored_rms(decay_rate=decay_rate),
-                     optax.clip_by_block_rms(clipping_threshold),
-                     optax.ema(momentum, debias=False) if momentum else optax.identity(),
-                     optax.add_decayed_weights(weight_decay, mask),
-                     optax.scale_by_learning_rate(learning_rate))
+               momentum: float = 0.9, clipping_threshold: float | None = None,
+               beta2_cap: float = 0.999, min_dim_size_to_factor: int = 32):
+  """Adafactor as 2106.04560 sec. 3.4 and its authors' code have it.
+
+  No scale by the parameter's own and no clipping of the update; a first moment, not debiased; a
+  second one of beta2 = 1 - t^-decay_rate, at most beta2_cap, factored where two sides are at least
+  min_dim_size_to_factor.
+  """
+  return optax.chain(
+    optax.scale_by_factored_rms(
+      min_dim_size_to_factor=min_dim_size_to_factor, decay_rate=decay_rate,
+      decay_rate_fn=lambda step, rate: jax.numpy.minimum(
+        beta2_cap, 1 - (step + 1).astype(jax.numpy.float32) ** -rate)),
+    optax.clip_by_block_rms(clipping_threshold) if clipping_threshold else optax.identity(),
+    optax.ema(momentum, debias=False) if momentum else optax.identity(),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate))
 
 
 # name -> ((learning_rate, weight_decay, mask, **options) -> optax transformation, per layer?)

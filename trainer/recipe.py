@@ -307,7 +307,8 @@ def total_steps(config: ConfigDict, train_size: int) -> int:
 def make_optimizer(config: ConfigDict, train_size: int):
   """(optax transformation, step -> learning rate) of a config that `fill_from_data` completed."""
   batch_size = config.data.batch_size
-  section = in_steps(config.schedule, ("warmup", "cooldown"), batch_size, train_size)
+  section = in_steps(config.schedule, ("warmup", "cooldown", "hold", "delay"), batch_size,
+                     train_size)
   multiplier = call(schedule.make, section, "schedule", total_steps=config.total_steps)
   return call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
               schedule=multiplier)

@@ -17,6 +17,26 @@ class TrainState(NamedTuple):
   opt: Any
   extra: Any  # the method's own state
   ema: Any  # running average of params for evaluation, or None
+  ema_statistics: Any = None  # the averaged network's batch statistics; None or {}: there are none
+
+
+# The averaged network sees a batch in each of the first steps, and then in every so manyth: it
+# changes slowly, and its statistics are not the average of those that the network itself had.
+STATISTICS_AT_FIRST, STATISTICS_EVERY = 100, 10
+
+
+def statistics(method, extra) -> dict:
+  """The running statistics in `extra` that belong to the parameters; {} where there are none."""
+  for name in method.statistics.split("/"):
+    extra = extra.get(name, {})
+  return extra
+
+
+def with_statistics(method, extra, values) -> dict:
+  """`extra` with others in the place of `statistics`; as it is where there are none."""
+  def put(tree, names):
+    return {**tree, names[0]: put(tree[names[0]], names[1:])} if names else values
+  return put(extra, method.statistics.split("/")) if values else extra
 
 
 def make_init(method, tx, evaluate_batch: Callable, spec, seed: int, with_ema: bool) -> Callable:
@@ -25,8 +45,9 @@ def make_init(method, tx, evaluate_batch: Callable, spec, seed: int, with_ema: b
     batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
     params, extra = method.init(jax.random.fold_in(jax.random.key(seed), 0),
                                 evaluate_batch(batch))
-    ema = jax.tree.map(jnp.copy, params) if with_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extra, ema)
+    averages = (params, statistics(method, extra)) if with_ema else (None, None)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extra,
+                      *jax.tree.map(jnp.copy, averages))
   return init
 
 
@@ -72,6 +93,13 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
     mean = jax.tree.map(lambda x: x.mean(0), (loss, metrics))
     return (mean[0], (extra, mean[1])), jax.tree.map(lambda g: g / accumulate, grads)
 
+  def own_statistics(ema, ema_statistics, extra, batch, rng, step):
+    """Those of the averaged network after it has seen the batch, or a part, as in training."""
+    extra = with_statistics(method, extra, ema_statistics)
+    part = jax.tree.map(lambda x: x[::accumulate], batch)
+    _, (extra, _) = method.loss(ema, extra, part, rng, step)
+    return statistics(method, extra)
+
   def step(state: TrainState, batch):
     augment_key, draw_key, loss_key = jax.random.split(jax.random.fold_in(root, state.step), 3)
     batch = method.draw(draw_key, augment_batch(augment_key, batch))
@@ -79,12 +107,16 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
     (loss, (extra, metrics)), grads = run(state.params, state.extra, batch, loss_key, state.step)
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    ema, ema_statistics = state.ema, state.ema_statistics
     if ema is not None:
       decay = (1 - 1 / (state.step + 1)) ** (ema_gamma + 1) if ema_gamma else ema_decay
       ema = optax.incremental_update(params, ema, 1 - decay)
+    if ema_statistics:
+      ema_statistics = jax.lax.cond(
+        (state.step < STATISTICS_AT_FIRST) | (state.step % STATISTICS_EVERY == 0), own_statistics,
+        lambda *_: ema_statistics, ema, ema_statistics, extra, batch, loss_key, state.step)
     metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, opt, extra, ema), metrics
+    return TrainState(state.step + 1, params, opt, extra, ema, ema_statistics), metrics
 
   return step
 

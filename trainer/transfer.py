@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from trainer import checkpoints, recipe
 from trainer.optimizer import path_name
+from trainer.state import statistics, with_statistics
 
-FRESH = "^(head|pool_norm|map_pool|head_norm)/"
+FRESH = "^(head|pool_norm|map_pool|head_norm|representation)/"
 
 
 class Taken(NamedTuple):
@@ -49,7 +50,7 @@ def fill(config: ConfigDict) -> ConfigDict:
   """
   if not config.init:
     return config
-  section = recipe.arguments(take, config.init, "init", config=config, state=None)
+  section = recipe.arguments(take, config.init, "init", config=config, state=None, method=None)
   config = ConfigDict(config.to_dict())
   if section.get("text_run") and "vocab_size" not in config.model:  # it has, in a finished run
     here, run = text_network(config), section["text_run"]
@@ -71,13 +72,13 @@ def fill(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def take(config: ConfigDict, state, *, run: str = "", source: str | None = None,
+def take(config: ConfigDict, state, method, *, run: str = "", source: str | None = None,
          into: str | None = None, fresh: str | None = FRESH, text_run: str = "") -> Taken:
   """The parameters and batch statistics that a new run has from another, or from two.
 
   Args:
     config: of the new run, completed.
-    state: its TrainState, or the shapes of one.
+    state, method: its TrainState, or the shapes of one, and its method.
     run: the other's run directory.
     source, into: paths of the part there and of the part here, such as "encoder" and "image"; None:
       the image network, whose positions, patches and channels are made to fit; "": everything.
@@ -92,8 +93,9 @@ def take(config: ConfigDict, state, *, run: str = "", source: str | None = None,
   """
   if text_run:
     there = text_network(checkpoints.load_config(text_run))
-    text = take(config, state, run=text_run, source=there, into=text_network(config), fresh=fresh)
-    image = take(config, state, run=run, source=source, into=into,
+    text = take(config, state, method, run=text_run, source=there, into=text_network(config),
+                fresh=fresh)
+    image = take(config, state, method, run=run, source=source, into=into,
                  fresh=fresh) if run else Taken({}, {}, [])
     return Taken({**image.params, **text.params}, {**image.batch_stats, **text.batch_stats},
                  image.rows + text.rows)
@@ -123,12 +125,10 @@ def take(config: ConfigDict, state, *, run: str = "", source: str | None = None,
           if not (fresh and re.search(fresh, name))}
   rows += [(path, str(x.shape), "ignored") for path, x in _part(loaded.params, "").items()
            if path not in used]
-  # A method keeps the running statistics of what it trains beside, or above, other state.
-  own = loaded.extra.get("stats", loaded.extra).get("batch_stats", {})
-  given = _part(own, source_path)
-  statistics = {f"{into_path}/{name}" if into_path else name: np.asarray(given[name])
-                for name in _part(state.extra.get("batch_stats", {}), into_path) if name in given}
-  return Taken(params, statistics, rows)
+  given = _part(statistics(loaded.method, loaded.extra), source_path)
+  taken = {f"{into_path}/{name}" if into_path else name: np.asarray(given[name])
+           for name in _part(statistics(method, state.extra), into_path) if name in given}
+  return Taken(params, taken, rows)
 
 
 def summary(rows) -> list[tuple[str, str, str]]:
@@ -168,7 +168,7 @@ def _given(run: str | None) -> str:
   return run
 
 
-def put(state, taken: Taken):
+def put(state, taken: Taken, method):
   """A new run's state, its running average too, with what was taken in the place of its own."""
   def into(tree, values: Mapping):
     def leaf(path, x):
@@ -177,11 +177,12 @@ def put(state, taken: Taken):
         x.shape, x.sharding, lambda index: value[index])
     return jax.tree.map_with_path(leaf, tree)
 
-  extra = state.extra
-  if taken.batch_stats:
-    extra = {**extra, "batch_stats": into(extra["batch_stats"], taken.batch_stats)}
-  return state._replace(params=into(state.params, taken.params), extra=extra,
-                        ema=state.ema and into(state.ema, taken.params))
+  own = into(statistics(method, state.extra), taken.batch_stats)
+  return state._replace(params=into(state.params, taken.params),
+                        extra=with_statistics(method, state.extra, own),
+                        ema=state.ema and into(state.ema, taken.params),
+                        ema_statistics=state.ema_statistics and into(state.ema_statistics,
+                                                                     taken.batch_stats))
 
 
 def _part(tree, path: str) -> dict:
