@@ -1,5 +1,6 @@
 """Device augmentation against Pillow, colorsys and NumPy; recipes on one device and on eight."""
 
+import collections
 import colorsys
 import functools
 import itertools
@@ -338,6 +339,40 @@ def test_random_erase_replaces_a_box_by_noise():
     assert np.prod(sides) == len(place) and 0.015 < len(place) / 1024 < 0.35
   noise = out[out != 9]
   assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+
+
+def erased_boxes(out):
+  """(height, width) of the one box of each image [n, h, w] that is no longer 9; (0, 0) for none."""
+  for one in out:
+    place = np.argwhere(one != 9)
+    sides = np.ptp(place, 0) + 1 if len(place) else np.zeros(2, int)
+    assert np.prod(sides) == len(place)
+    yield tuple(sides.tolist())
+
+
+@pytest.mark.parametrize("h, w", [(20, 24), (40, 6)])
+def test_random_erase_has_timms_law(h, w):
+  n = 20_000
+  erase = jax.jit(jax.vmap(image_ops.random_erase, (0, None, None)))
+  out = erase(jax.random.split(jax.random.key(5), n), jnp.full((h, w, 1), 9.0), 1.0)
+  got = collections.Counter(erased_boxes(np.asarray(out)[..., 0]))
+  rng, want = np.random.default_rng(0), collections.Counter()
+  for _ in range(n):  # timm/data/random_erasing.py
+    box = (0, 0)
+    for _ in range(10):
+      area, aspect = rng.uniform(0.02, 1 / 3) * h * w, np.exp(rng.uniform(*np.log([0.3, 1 / 0.3])))
+      tried = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+      if tried[0] < h and tried[1] < w:
+        box = tried
+        break
+    want[box] += 1
+  assert max(side for side, _ in got) < h and max(side for _, side in got) < w
+  for box in {*got, *want}:  # the difference of two counts of n draws: 5 standard deviations
+    assert abs(got[box] - want[box]) < 5 * np.sqrt(2 * max(got[box], want[box])) + 5, box
+  for axis in (1, 2):  # each place where a box fits is as likely as another, the last one too
+    changed = (np.asarray(out)[..., 0] != 9).any(3 - axis)
+    first, last = changed.argmax(1), changed.shape[1] - 1 - changed[:, ::-1].argmax(1)
+    assert ((first == 0) & changed.any(1)).sum() > 50 and (last == changed.shape[1] - 1).sum() > 50
 
 
 def mixed(key, mixup, cutmix, prob=1.0, n=6):
