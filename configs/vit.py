@@ -16,13 +16,13 @@ epochs, published 76.5 (with --config.total_epochs=300: 80.0).
 
 from configs.base import get_base
 
-# DeiT III by size: model, pixels, batch, peak rate, drop path. (H/14 was trained on 160 pixels, of
-# which a patch of 14 leaves out 6.)
+# DeiT III by size: model, pixels, batch, peak rate, drop path, examples a GPU. (H/14 was trained on
+# 160 pixels, of which a patch of 14 leaves out 6.)
 DEIT3 = {
-  "imagenet_s16": ("S/16", 224, 2048, 4e-3, 0.05),
-  "imagenet_b16": ("B/16", 192, 2048, 3e-3, 0.2),
-  "imagenet_l16": ("L/16", 192, 2048, 3e-3, 0.45),
-  "imagenet_h14": ("H/14", 154, 2048, 3e-3, 0.6),
+  "imagenet_s16": ("S/16", 224, 2048, 4e-3, 0.05, 256),
+  "imagenet_b16": ("B/16", 192, 2048, 3e-3, 0.2, 256),
+  "imagenet_l16": ("L/16", 192, 2048, 3e-3, 0.45, 64),
+  "imagenet_h14": ("H/14", 154, 2048, 3e-3, 0.6, 64),
 }
 AUGREG = {"imagenet_s16_augreg": "S/16", "imagenet_b16_augreg": "B/16",
           "imagenet_l16_augreg": "L/16"}
@@ -75,14 +75,14 @@ def imagenet(config, variant: str, pixels: int, batch_size: int, epochs: int):
   return config
 
 
-def deit3(config, variant, pixels, batch_size, lr, drop_path):
+def deit3(config, variant, pixels, batch_size, lr, drop_path, mix_size):
   """2204.07118 sec. 3 and its repository's commands for ImageNet-1k."""
   config = imagenet(config, variant, pixels, batch_size, epochs=800)
   config.model.update(layer_scale=1e-4, drop_path=drop_path, scan=True)
   config.method.update(loss="sigmoid", multi_label=True)
   config.data.repeats = 3
   config.augment.update(three_augment=True, color_jitter=(0.3, 0.3, 0.3, 0.0), mixup=0.8,
-                        cutmix=1.0)
+                        cutmix=1.0, mix_size=mix_size)
   config.optimizer = dict(name="lamb", lr=lr, weight_decay=0.05, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_epochs=5)
   return config
@@ -92,8 +92,8 @@ def augreg(config, variant):
   """2106.10270, ImageNet-1k, augmentation "medium2". Weight decay is 1e-4 / lr in our units."""
   config = imagenet(config, variant, 224, 4096, epochs=300)
   config.model.update(pool="cls", dropout=0.0, scan=True)
-  config.augment.update(crop_area=(0.05, 1.0), randaugment=(2, 15), mixup=0.5, mean=(0.5, 0.5, 0.5),
-                        std=(0.5, 0.5, 0.5))
+  config.augment.update(crop_area=(0.05, 1.0), randaugment=(2, 15), mixup=0.5,
+                        mix_partner="previous", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.1, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=10_000)
   return config

@@ -4,6 +4,7 @@ import collections
 import colorsys
 import functools
 import itertools
+import re
 
 import chex
 import jax
@@ -375,12 +376,91 @@ def test_random_erase_has_timms_law(h, w):
     assert ((first == 0) & changed.any(1)).sum() > 50 and (last == changed.shape[1] - 1).sum() > 50
 
 
-def mixed(key, mixup, cutmix, prob=1.0, n=6):
+def mixed(key, mixup, cutmix, prob=1.0, n=6, **grouping):
   """Images that are constant i + 1, so that a pixel names its source."""
   image = jnp.broadcast_to(jnp.arange(1.0, n + 1).reshape(n, 1, 1, 1), (n, 16, 20, 1))
   batch = {"image": image, "label": jnp.arange(n), "text": jnp.ones(n)}
-  out = augment.mix(key, batch, mixup, cutmix, prob)
+  out = augment.mix(key, batch, mixup, cutmix, prob, **grouping)
   return {name: np.asarray(value) for name, value in out.items()}
+
+
+@pytest.mark.parametrize("partner, of_four", [("mirror", [3, 2, 1, 0]), ("previous", [3, 0, 1, 2])])
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mix_draws_for_each_group_and_stays_in_it(mixup, cutmix, partner, of_four):
+  other = np.array(of_four * 3) + np.repeat([0, 4, 8], 4)
+  weights = []
+  for key in jax.random.split(jax.random.key(2), 80):
+    out = mixed(key, mixup, cutmix, n=12, size=4, partner=partner)
+    np.testing.assert_array_equal(out["label_mix"], other)
+    groups = out["mix"].reshape(3, 4)
+    np.testing.assert_array_equal(groups, groups[:, :1] * np.ones((1, 4)))
+    weights.append(groups[:, 0])
+    np.testing.assert_allclose(out["image"].mean((1, 2, 3)), out["mix"] * np.arange(1, 13)
+                               + (1 - out["mix"]) * (other + 1), rtol=1e-5)
+    # The share of the partner in each pixel is the group's, whichever pixel of it names the source.
+    share = (out["image"][..., 0] - np.arange(1, 13).reshape(12, 1, 1)) / (
+        other - np.arange(12)).reshape(12, 1, 1)
+    share = share.reshape(3, 4, 16, 20)
+    np.testing.assert_allclose(share, share[:, :1] * np.ones((1, 4, 1, 1)), atol=1e-5)
+    assert np.abs(share).max() < 1.001 and share.min() > -0.001
+  weights = np.array(weights)
+  assert (np.diff(weights, axis=1) != 0).mean() > 0.9 and len(np.unique(weights)) > 50
+  apart = np.corrcoef(weights.T) - np.eye(3)
+  assert np.abs(apart).max() < 0.4  # 3.6 standard deviations of 80 independent draws
+
+
+def test_mix_groups_have_the_published_law():
+  def weights(mixup, cutmix, partner="mirror"):
+    out = jax.vmap(lambda key: augment.mix(
+        key, {"image": jnp.ones((40, 16, 20, 1)), "label": jnp.arange(40)}, mixup, cutmix, size=2,
+        partner=partner)["mix"][::2])(jax.random.split(jax.random.key(0), 200))
+    return np.asarray(out).ravel()
+
+  rng, levels, n = np.random.default_rng(0), [0.05, 0.25, 0.5, 0.75, 0.95], 4000
+  lam = rng.beta(0.8, 0.8, n)
+  np.testing.assert_allclose(np.quantile(weights(0.8, 0.0), levels), np.quantile(lam, levels),
+                             atol=0.05)
+  lam = rng.beta(0.5, 0.5, n)  # AugReg's
+  np.testing.assert_allclose(np.quantile(weights(0.5, 0.0, "previous"), levels),
+                             np.quantile(np.maximum(lam, 1 - lam), levels), atol=0.04)
+  want = []
+  for cut in np.sqrt(1 - rng.beta(1, 1, n)):  # rand_bbox of timm 0.3.2, with corrected lambda
+    area = 1
+    for side in (16, 20):
+      centre, half = rng.integers(side), int(side * cut) // 2
+      area *= np.clip(centre + half, 0, side) - np.clip(centre - half, 0, side)
+    want.append(1 - area / 320)
+  got = weights(0.0, 1.0)
+  assert {*np.round(got * 320)} <= {*np.round(np.arange(321.0))}
+  np.testing.assert_allclose(np.quantile(got, levels), np.quantile(want, levels), atol=0.05)
+
+
+def test_mix_size_divides_the_batch():
+  section = dict(image_size=8, mixup=0.8, mix_size=3)
+  with pytest.raises(ValueError, match=r"augment\.mix_size = 3: must be None.*its 16 examples"):
+    recipes.make_augment(ConfigDict(dict(augment=section, data=dict(batch_size=16))))
+  recipes.make_augment(ConfigDict(dict(augment=section, data=dict(batch_size=15))))
+  recipes.make_augment(ConfigDict(dict(augment=section | dict(mixup=0.0),
+                                       data=dict(batch_size=16))))
+  with pytest.raises(ValueError, match=r"augment\.mix_size = 3.*its 4 examples"):
+    augment.make(**section).train(jax.random.key(0), batch_of(4, 8, 8))
+
+
+@pytest.mark.parametrize("partner", augment.PARTNERS)
+def test_groups_on_one_device_are_mixed_there(partner):
+  sharding = jax.sharding.NamedSharding(
+      jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+      jax.sharding.PartitionSpec("data"))
+  batch = jax.device_put(batch_of(32, 8, 8), sharding)
+  moved = []
+  # Images and labels do not cross; the samplers' loops ask all devices for one bit: are we done?
+  crossing = r"\[\d.*(all-gather|all-to-all|all-reduce|collective-permute)(-start)?\("
+  for size in (2, 4, None):
+    train = jax.jit(augment.make(image_size=8, mixup=0.8, cutmix=1.0, mix_size=size,
+                                 mix_partner=partner).train)
+    text = train.lower(jax.random.key(0), batch).compile().as_text()
+    moved.append(re.search(crossing, text) is not None)
+  assert moved == [False, False, True]
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
@@ -622,6 +702,9 @@ def test_the_config_section_is_checked():
     (dict(color_jitter=(1, 1, 1, 0.6)), r"augment\.color_jitter"),
     (dict(randaugment=(0, 9)), r"augment\.randaugment = \(0, 9\)"),
     (dict(randaugment=(2, 31)), r"augment\.randaugment"),
+    (dict(mix_size=0), r"augment\.mix_size = 0: must be None or an int > 0"),
+    (dict(mix_size=2.0), r"augment\.mix_size = 2\.0"),
+    (dict(mix_partner="mirrored"), r"augment\.mix_partner.*did you mean 'mirror'"),
     (dict(interpolation="nearest"), r"augment\.interpolation = 'nearest'.*'linear'"),
     (dict(jitter_prob=-0.1), r"augment\.jitter_prob = -0\.1"),
     (dict(grayscale=2), r"augment\.grayscale = 2: must be in \[0, 1\]"),

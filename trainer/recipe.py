@@ -257,7 +257,8 @@ def make_augment(config: ConfigDict, cropped: bool = False):
              if not (cropped and name in ("crop_area", "crop_ratio"))}
   latents = config.data.get("latents")
   module = find_module("input_pipeline", "latents" if latents else "augment", "")
-  return call(module.make, section, "augment", cropped=cropped, latents=latents)
+  return call(module.make, section, "augment", cropped=cropped, latents=latents,
+              batch_size=config.data.get("batch_size"))
 
 
 def make_model(config: ConfigDict):
