@@ -96,7 +96,7 @@ def mae(config, variant, base_lr, layer_decay, drop_path, epochs, mix_size):
   config.model = dict(name="vit", variant=variant, num_classes=1000, class_token=True, pool="mean",
                       pool_before_norm=True, drop_path=drop_path, fused_init=True, scan=True)
   config.method.label_smoothing = 0.1
-  config.augment.update(randaugment=(2, 9), erase=0.25, mixup=0.8, cutmix=1.0,
+  config.augment.update(randaugment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0,
                         mix_size=mix_size)
   config.optimizer = dict(name="adamw", base_lr=base_lr, weight_decay=0.05, layer_decay=layer_decay)
   config.schedule = dict(name="cosine", warmup_epochs=5)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import image_ops
+from input_pipeline import image_ops, rand_augment
 
 
 class Augment(NamedTuple):
@@ -132,7 +132,8 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     jitter_prob, grayscale, blur, solarize: probability in [0, 1] of color_jitter and of each of
       these; blur by 0.1 to 2 pixels.
     flip: mirror left and right half of the time.
-    randaugment: (layers >= 1, magnitude in [0, 30]), or None; what it moves away shows `mean`.
+    randaugment: (layers >= 1, magnitude in [0, 30]) for big_vision's, a string such as
+      "rand-m9-mstd0.5-inc1" for timm's, or None; what it moves away shows `mean`.
     erase: probability in [0, 1] of random erasing.
     mixup, cutmix: alpha >= 0 of the Beta law, 0 for off. mix_prob: share of groups mixed, [0, 1].
     mix_size: consecutive examples that share a draw and are mixed among themselves: what a device
@@ -165,9 +166,7 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
   check(color_jitter is None or np.shape(color_jitter) == (4,) and min(color_jitter) >= 0
         and color_jitter[3] <= 0.5, "color_jitter", color_jitter,
         "None or four strengths >= 0: brightness, contrast, saturation, hue <= 0.5")
-  check(randaugment is None or np.shape(randaugment) == (2,) and randaugment[0] in range(1, 100)
-        and 0 <= randaugment[1] <= 30, "randaugment", randaugment,
-        "None or (layers >= 1, magnitude in [0, 30])")
+  layers = None if randaugment is None else rand_augment.read(randaugment, interpolation, check)
   check(mix_size is None or type(mix_size) is int and mix_size > 0, "mix_size", mix_size,
         "None or an int > 0")
   check(mix_partner in PARTNERS, "mix_partner", mix_partner, f"one of {PARTNERS}", PARTNERS)
@@ -214,8 +213,8 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     image = image_ops.sometimes(solarize_key, image, solarize, lambda _, x: image_ops.solarize(x))
     if flip:
       image = pix.random_flip_left_right(flip_key, image)
-    if randaugment is not None:
-      image = image_ops.rand_augment(rand_key, image, *randaugment, mean)
+    if layers is not None:
+      image = rand_augment.rand_augment(rand_key, image, mean, **layers)
     image = (image - mean) / std
     return image_ops.random_erase(erase_key, image, erase) if erase else image
 

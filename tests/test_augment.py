@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import photo
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -18,13 +19,6 @@ from input_pipeline import augment, image_ops
 from trainer import recipe as recipes
 
 LEVEL = 1 / 255
-
-
-def photo(h=33, w=40, c=3, seed=0):
-  """Smooth random uint8 image: neither flat nor noise, so that resampling errors show."""
-  noise = np.random.default_rng(seed).integers(0, 256, (6, 7, c), np.uint8)
-  planes = [Image.fromarray(noise[..., i]).resize((w, h), Image.BICUBIC) for i in range(c)]
-  return np.stack([np.asarray(plane) for plane in planes], -1)
 
 
 def batch_of(n, h=24, w=24, c=3):
@@ -165,12 +159,7 @@ def test_random_affine_stays_in_its_range():
 
 PILLOW = {  # name: (our function of a float image, Pillow's of a uint8 image, tolerance in levels)
     "grayscale": (image_ops.grayscale, lambda x: ImageOps.grayscale(x).convert("RGB"), 1),
-    "autocontrast": (image_ops.autocontrast, ImageOps.autocontrast, 1),
-    "equalize": (image_ops.equalize, ImageOps.equalize, 0.01),  # integers on both sides
     "solarize": (image_ops.solarize, ImageOps.solarize, 0.01),
-    "posterize": (lambda x: image_ops.posterize(x, 3), lambda x: ImageOps.posterize(x, 3), 0.01),
-    "sharpness": (lambda x: image_ops.sharpness(x, 1.9),
-                  lambda x: ImageEnhance.Sharpness(x).enhance(1.9), 1.5),
     "saturation": (lambda x: image_ops.blend(image_ops.grayscale(x), x, 0.3),
                    lambda x: ImageEnhance.Color(x).enhance(0.3), 1.5),
     "contrast": (lambda x: image_ops.blend(image_ops.grayscale(x).mean(), x, 1.9),
@@ -187,12 +176,6 @@ def test_colour_operation_is_pillows(name):
   want = np.asarray(pillow(Image.fromarray(image))) / 255
   assert np.abs(want - image / 255).max() > 4 * LEVEL
   np.testing.assert_allclose(ours(to_float(image)), want, atol=levels * LEVEL)
-
-
-@pytest.mark.parametrize("op", [image_ops.autocontrast, image_ops.equalize])
-def test_flat_channels_stay(op):
-  image = np.full((8, 8, 3), 77, np.uint8)
-  np.testing.assert_allclose(op(to_float(image)), image / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.8, 2.0])
@@ -282,51 +265,6 @@ def test_one_of_three_draws_all_three_equally():
   np.testing.assert_allclose(blurred.mean((1, 2)), np.broadcast_to(
       image.mean((0, 1)) / 255, (len(blurred), 3)), atol=0.03)
   assert np.abs(blurred - image / 255).max((1, 2, 3)).std() > 0.02  # by different amounts
-
-
-def test_rand_augment_draws_each_of_sixteen_operations():
-  magnitude, image = 7, photo(28, 28, seed=5) // 2 + 40
-  pil, fill = Image.fromarray(image), 0.25
-  enhance = {f.__name__: np.asarray(f(pil).enhance(0.1 + 1.8 * 0.7)) for f in (
-      ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)}
-  added = np.where(image < 128, np.minimum(image.astype(int) + 77, 255), image)
-  want = {"autocontrast": ImageOps.autocontrast(pil), "equalize": ImageOps.equalize(pil),
-          "invert": ImageOps.invert(pil), "posterize": ImageOps.posterize(pil, 2),
-          "solarize": ImageOps.solarize(pil, 179), "solarize_add": added, **enhance}
-  want = {name: np.asarray(out) / 255 for name, out in want.items()}
-  side = 100 / 224 * 28
-  for name, amount in dict(angle=np.pi / 6, shear_x=0.3, shear_y=0.3, move_x=side,
-                           move_y=side).items():
-    for sign in (1, -1):
-      want[name, sign] = numpy_warp(image / 255, numpy_move(**{name: sign * 0.7 * amount}), fill)
-  out = np.asarray(jax.vmap(image_ops.rand_augment, (0, None, None, None, None))(
-      jax.random.split(jax.random.key(0), 320), to_float(image), 1, magnitude,
-      jnp.full((1, 1, 1), fill)))
-  counts = dict.fromkeys([*want, "cutout"], 0)
-  for result in out:
-    errors = {name: np.abs(result - target).max() for name, target in want.items()}
-    name = min(errors, key=errors.get)
-    if errors[name] > 2 * LEVEL:  # Pillow's rounding, as above
-      changed = (np.abs(result - image / 255) > 1e-5).any(-1)
-      np.testing.assert_allclose(result[changed], fill)
-      rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-      assert len(rows) <= 7 and len(columns) <= 7  # 80 / 224 * 28 * 0.7
-      name = "cutout"
-    counts[name] += 1
-  assert len(counts) == 21 and min(counts.values()) > 0
-  for name, count in counts.items():  # 20 +- 4 standard deviations; a signed move is half of one
-    assert count < (38 if isinstance(name, str) else 24), counts
-
-
-def test_rand_augment_composes_the_moves_of_its_layers():
-  image = to_float(photo(21, 21))
-  moves = dict(angle=np.pi / 6, shear_x=0.3, shear_y=0.3)
-  moves = [numpy_move(**{name: sign * x}) for sign in (1, -1) for name, x in moves.items()]
-  out = np.asarray(jax.vmap(image_ops.rand_augment, (0, None, None, None, None))(
-      jax.random.split(jax.random.key(3), 160), image, 2, 10, jnp.zeros((1, 1, 1))))
-  products = [numpy_warp(np.asarray(image), a @ b, 0.0) for a in moves for b in moves]
-  matches = sum(np.abs(out - product).max((1, 2, 3)).min() < 1e-4 for product in products)
-  assert matches >= 2  # 160 * 9 / 256 = 5.6 draws of two of these moves are expected
 
 
 def test_random_erase_replaces_a_box_by_noise():
@@ -618,7 +556,9 @@ def test_eight_devices_as_one_in_one_trace(options, channels, share):
   assert eight["image"].sharding.num_devices == 8
 
 
-@pytest.mark.parametrize("options", [EVERYTHING | dict(mixup=0.0, cutmix=0.0), TWO_VIEWS])
+@pytest.mark.parametrize("options", [
+    EVERYTHING | dict(mixup=0.0, cutmix=0.0), TWO_VIEWS,
+    EVERYTHING | dict(mixup=0.0, cutmix=0.0, randaugment="rand-m9-mstd0.5-inc1")])
 def test_an_example_depends_on_its_place_and_key_only(options):
   batch = batch_of(16)
   train = jax.jit(augment.make(**options).train)
@@ -701,10 +641,19 @@ def test_the_config_section_is_checked():
     (dict(affine=dict(scale=(0, 1))), r"augment\.affine\.scale"),
     (dict(color_jitter=(1, 1, 1, 0.6)), r"augment\.color_jitter"),
     (dict(randaugment=(0, 9)), r"augment\.randaugment = \(0, 9\)"),
-    (dict(randaugment=(2, 31)), r"augment\.randaugment"),
+    (dict(randaugment=9), r"augment\.randaugment = 9: must be None, \(layers >= 1"),
+    (dict(randaugment="rand-m9-x2"), r"augment\.randaugment = 'rand-m9-x2': must be timm's 'rand'"),
+    (dict(randaugment="augmix-m9"), r"augment\.randaugment = 'augmix-m9'"),
+    (dict(randaugment="rand-m11"), r"augment\.randaugment.*whole, in \[0, 10\]"),
+    (dict(randaugment="rand-m9.5"), r"augment\.randaugment.*whole, in \[0, 10\]"),
+    (dict(randaugment="rand-n0"), r"augment\.randaugment.*n \(layers, at least 1\)"),
+    (dict(randaugment="rand-p1.5"), r"augment\.randaugment.*p \(in \[0, 1\]\)"),
+    (dict(randaugment="rand-m9-inc2"), r"augment\.randaugment.*inc \(0 or 1\)"),
+    (dict(randaugment="rand-m9", interpolation="lanczos3"), r"augment\.interpolation = 'lanczos3'"),
     (dict(mix_size=0), r"augment\.mix_size = 0: must be None or an int > 0"),
     (dict(mix_size=2.0), r"augment\.mix_size = 2\.0"),
     (dict(mix_partner="mirrored"), r"augment\.mix_partner.*did you mean 'mirror'"),
+    (dict(randaugment=(2, 31)), r"augment\.randaugment"),
     (dict(interpolation="nearest"), r"augment\.interpolation = 'nearest'.*'linear'"),
     (dict(jitter_prob=-0.1), r"augment\.jitter_prob = -0\.1"),
     (dict(grayscale=2), r"augment\.grayscale = 2: must be in \[0, 1\]"),

@@ -179,8 +179,8 @@ def override(config: ConfigDict, key: str, text: str):
     return
   if isinstance(old, ConfigDict) and not isinstance(value, dict):
     raise ValueError(f"config.{key} = {text}: it is a section; set config.{key}.FIELD")
-  if isinstance(old, str) and not isinstance(value, str) and value is not None:
-    value = text
+  if isinstance(old, str) and not isinstance(value, str | tuple) and value is not None:
+    value = text  # a number may be a name; what is in brackets is meant as it stands
   if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if old is not None and value is not None and not sections and type(old) is not type(value):
