@@ -23,10 +23,11 @@ v1 60.6, v2 67.5) and MoCo v3 (2104.02057; S/16 73.2, B/16 76.7).
 
 from configs.base import get_base
 
-# MAE by size: base rate, layer decay, drop path, epochs, as its repository fine-tunes.
-MAE = {"imagenet_mae_b16": ("B/16", 5e-4, 0.65, 0.1, 100),
-       "imagenet_mae_l16": ("L/16", 1e-3, 0.75, 0.2, 50),
-       "imagenet_mae_h14": ("H/14", 1e-3, 0.75, 0.3, 50)}
+# MAE by size: base rate, layer decay, drop path, epochs, examples a GPU, as its repository
+# fine-tunes.
+MAE = {"imagenet_mae_b16": ("B/16", 5e-4, 0.65, 0.1, 100, 32),
+       "imagenet_mae_l16": ("L/16", 1e-3, 0.75, 0.2, 50, 32),
+       "imagenet_mae_h14": ("H/14", 1e-3, 0.75, 0.3, 50, 16)}
 MAE_LINEAR = {f"{name}_linear": variant for name, (variant, *_) in MAE.items()}
 MOCO_LINEAR = {"imagenet_moco_vit_s16_linear": "S/16", "imagenet_moco_vit_b16_linear": "B/16"}
 VIT_384 = {"imagenet_vit_b16_384": "B/16", "imagenet_vit_l16_384": "L/16"}
@@ -89,14 +90,15 @@ def imagenet(config, epochs: int, batch_size: int, pixels: int = 224):
   return config
 
 
-def mae(config, variant, base_lr, layer_decay, drop_path, epochs):
+def mae(config, variant, base_lr, layer_decay, drop_path, epochs, mix_size):
   """Table 9, with the rate and layer decay of its repository's commands."""
   config = imagenet(config, epochs, batch_size=1024)
   config.model = dict(name="vit", variant=variant, num_classes=1000, class_token=True, pool="mean",
                       pool_before_norm=True, drop_path=drop_path, fused_init=True, head_init=2e-5,
                       scan=True)
   config.method.label_smoothing = 0.1
-  config.augment.update(randaugment=(2, 9), erase=0.25, mixup=0.8, cutmix=1.0)
+  config.augment.update(randaugment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0,
+                        mix_size=mix_size)
   config.optimizer = dict(name="adamw", base_lr=base_lr, weight_decay=0.05, layer_decay=layer_decay)
   config.schedule = dict(name="cosine", warmup_epochs=5, end=1e-6 / (base_lr * 1024 / 256))
   return config

@@ -18,13 +18,13 @@ epochs, published 76.5 (with --config.total_epochs=300: 80.0). Both as big_visio
 
 from configs.base import get_base
 
-# DeiT III by size: model, pixels, batch, peak rate, drop path. (H/14 was trained on 160 pixels, of
-# which a patch of 14 leaves out 6.)
+# DeiT III by size: model, pixels, batch, peak rate, drop path, examples a GPU. (H/14 was trained on
+# 160 pixels, of which a patch of 14 leaves out 6.)
 DEIT3 = {
-  "imagenet_s16": ("S/16", 224, 2048, 4e-3, 0.05),
-  "imagenet_b16": ("B/16", 192, 2048, 3e-3, 0.2),
-  "imagenet_l16": ("L/16", 192, 2048, 3e-3, 0.45),
-  "imagenet_h14": ("H/14", 154, 2048, 3e-3, 0.6),
+  "imagenet_s16": ("S/16", 224, 2048, 4e-3, 0.05, 256),
+  "imagenet_b16": ("B/16", 192, 2048, 3e-3, 0.2, 256),
+  "imagenet_l16": ("L/16", 192, 2048, 3e-3, 0.45, 64),
+  "imagenet_h14": ("H/14", 154, 2048, 3e-3, 0.6, 64),
 }
 AUGREG = {"imagenet_s16_augreg": "S/16", "imagenet_b16_augreg": "B/16",
           "imagenet_l16_augreg": "L/16"}
@@ -78,7 +78,7 @@ def imagenet(config, variant: str, pixels: int, batch_size: int, epochs: int):
   return config
 
 
-def deit3(config, variant, pixels, batch_size, lr, drop_path):
+def deit3(config, variant, pixels, batch_size, lr, drop_path, mix_size):
   """2204.07118 sec. 3 and its repository's commands for ImageNet-1k (README_revenge.md).
 
   LAMB is Apex's; rates are set at the end of each epoch, by timm's cosine that warm-up lies over.
@@ -90,7 +90,7 @@ def deit3(config, variant, pixels, batch_size, lr, drop_path):
   config.method.update(loss="sigmoid", multi_label=True)
   config.data.repeats = 3
   config.augment.update(three_augment=True, color_jitter=(0.3, 0.3, 0.3, 0.0), mixup=0.8,
-                        cutmix=1.0)
+                        cutmix=1.0, mix_size=mix_size)
   config.optimizer = dict(name="lamb", lr=lr, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_epochs=5, warmup_from=1e-6 / lr, end=1e-5 / lr,
                          from_start=True, hold_epochs=1, delay_epochs=1)
@@ -108,8 +108,8 @@ def augreg(config, variant):
                       pre_logits=WIDTHS[variant], head_bias_init=-6.9, token_init=0.0,
                       position_init=WIDTHS[variant] ** -0.5, scan=True)
   config.data.train_split = "train[:99%]"
-  config.augment.update(crop_area=(0.05, 1.0), randaugment=(2, 15), mixup=0.5, mean=(0.5, 0.5, 0.5),
-                        std=(0.5, 0.5, 0.5))
+  config.augment.update(crop_area=(0.05, 1.0), randaugment=(2, 15), mixup=0.5,
+                        mix_partner="previous", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.1, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=10_000)
   return config

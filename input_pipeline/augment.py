@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import image_ops
+from input_pipeline import image_ops, rand_augment
 
 
 class Augment(NamedTuple):
@@ -27,34 +27,74 @@ class Augment(NamedTuple):
   to_pixels: Callable  # (images as these give them) -> NumPy, 0 is black and 1 white
 
 
-def mix(key, batch, mixup, cutmix, prob=1.0):
-  """Mixup (1710.09412) or CutMix (1905.04899) of each example with its mirror in the batch (DeiT).
+PARTNERS = ("mirror", "previous")
 
-  One draw a batch: lambda ~ Beta(alpha, alpha), and a fair coin between the two where both are on.
+
+def draw_share(key, height, width, mixup, cutmix, prob, partner):
+  """What one group of `mix` draws: the weight of the own pixels [h, w, 1], and of the own label."""
+  apply_key, coin_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 5)
+  ones = jnp.ones((height, width, 1))
+  if mixup:
+    weight = jax.random.beta(mixup_key, mixup, mixup)
+    weight = jnp.maximum(weight, 1 - weight) if partner == "previous" else weight
+    own = weight * ones
+  if cutmix:
+    # The box of timm 0.3.2, for which DeiT and MAE ask: its sides are even, later ones' are not.
+    lengths = jnp.array([height, width])
+    half = jnp.floor(lengths * jnp.sqrt(1 - jax.random.beta(cutmix_key, cutmix, cutmix))) // 2
+    corner = jax.random.randint(place_key, (2,), 0, lengths) - half
+    box = image_ops.fill_box(ones, *corner, *(2 * half), 0.0)
+    take = ~jax.random.bernoulli(coin_key) if mixup else True
+    own = jnp.where(take, box, own if mixup else 1.0)
+    weight = jnp.where(take, box.mean(), weight if mixup else 1.0)
+  apply = jax.random.bernoulli(apply_key, prob)
+  return jnp.where(apply, own, ones), jnp.where(apply, weight, 1.0)
+
+
+def mix(key, batch, mixup, cutmix, prob=1.0, size=None, partner="mirror"):
+  """Mixup (1710.09412) or CutMix (1905.04899) of examples with others of their group.
+
+  One draw a group: lambda ~ Beta(alpha, alpha), and a fair coin between the two where both are on.
 
   Args:
     batch: "image" float [b, h, w, c] and "label" int [b]. mixup, cutmix: alpha, 0 for off.
+    prob: that a group is mixed. size: consecutive examples in a group, None for the batch.
+    partner: "mirror", the example at the group's other end (timm/data/mixup.py, mode "batch", each
+      process for its own batch); or "previous" in it, round about, with the larger of lambda and
+      1 - lambda for the own example (big_vision/utils.py, `get_mixup`).
   Returns:
     the batch with "label_mix" int [b] and "mix" float32 [b], the weight of the example's own label:
     for CutMix its share of the pixels, once the box is clipped at the edge.
+  Raises:
+    ValueError: the batch has no labels, or does not consist of groups of that size.
   """
   if "label" not in batch:
     raise ValueError(f"augment.mixup and augment.cutmix need labels, not only {sorted(batch)}")
-  apply_key, coin_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 5)
   b, h, w, _ = batch["image"].shape
-  own, ones = 1.0, jnp.ones((h, w, 1))
-  if mixup:
-    own = jax.random.beta(mixup_key, mixup, mixup) * ones
-  if cutmix:
-    sides = jnp.array([h, w]) * jnp.sqrt(1 - jax.random.beta(cutmix_key, cutmix, cutmix))
-    half = jnp.floor(sides) // 2
-    corner = jax.random.randint(place_key, (2,), 0, jnp.array([h, w])) - half
-    own = jnp.where(jax.random.bernoulli(coin_key) & bool(mixup), own,
-                    image_ops.fill_box(ones, *corner, *(2 * half), 0.0))
-  own = jnp.where(jax.random.bernoulli(apply_key, prob), own, ones)
-  image = own[None] * batch["image"] + (1 - own[None]) * batch["image"][::-1]
-  return {**batch, "image": image, "label_mix": batch["label"][::-1],
-          "mix": jnp.full((b,), own.mean())}
+  size = size or b
+  check_mix_size(size, b)
+
+  def grouped(x):  # consecutive rows are on one device: where groups are, nothing crosses
+    return x.reshape(b // size, size, *x.shape[1:])
+
+  def other(x):
+    x = grouped(x)
+    return x[:, ::-1] if partner == "mirror" else jnp.roll(x, 1, 1)
+
+  draw = functools.partial(draw_share, height=h, width=w, mixup=mixup, cutmix=cutmix, prob=prob,
+                           partner=partner)
+  own, weight = jax.vmap(draw)(jax.random.split(key, b // size))                   # g h w 1, g
+  own = own[:, None]
+  image = own * grouped(batch["image"]) + (1 - own) * other(batch["image"])
+  return {**batch, "image": image.reshape(batch["image"].shape),
+          "label_mix": other(batch["label"]).reshape(b),
+          "mix": jnp.repeat(weight, size)}
+
+
+def check_mix_size(size, batch_size):
+  if batch_size % size:
+    raise ValueError(f"augment.mix_size = {size}: must be None, for the whole batch, or divide "
+                     f"its {batch_size} examples")
 
 
 def _check(section, ok, field, value, allowed, names=()):
@@ -72,7 +112,7 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
              crop_ratio=(3 / 4, 4 / 3), crop_padding=None, interpolation="bicubic",
              three_augment=False, grayscale_first=False, color_jitter=None, jitter_prob=1.0,
              grayscale=0.0, blur=0.0, solarize=0.0, flip=False, randaugment=None, erase=0.0,
-             mixup=0.0, cutmix=0.0, mix_prob=1.0) -> Augment:
+             mixup=0.0, cutmix=0.0, mix_prob=1.0, mix_size=None, mix_partner="mirror") -> Augment:
   """The recipe of one view; operations run in the order of the keywords from `affine` on.
 
   Args:
@@ -92,9 +132,13 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     jitter_prob, grayscale, blur, solarize: probability in [0, 1] of color_jitter and of each of
       these; blur by 0.1 to 2 pixels.
     flip: mirror left and right half of the time.
-    randaugment: (layers >= 1, magnitude in [0, 30]), or None; what it moves away shows `mean`.
+    randaugment: (layers >= 1, magnitude in [0, 30]) for big_vision's, a string such as
+      "rand-m9-mstd0.5-inc1" for timm's, or None; what it moves away shows `mean`.
     erase: probability in [0, 1] of random erasing.
-    mixup, cutmix: alpha >= 0 of the Beta law, 0 for off. mix_prob: share of batches mixed, [0, 1].
+    mixup, cutmix: alpha >= 0 of the Beta law, 0 for off. mix_prob: share of groups mixed, [0, 1].
+    mix_size: consecutive examples that share a draw and are mixed among themselves: what a device
+      had in the run to repeat. It divides the batch; None is the whole batch.
+    mix_partner: "mirror" as timm or "previous" as big_vision, see `mix`.
   Raises:
     ValueError: a value is not allowed, named as SECTION.FIELD; or a batch does not fit the recipe.
   """
@@ -122,9 +166,10 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
   check(color_jitter is None or np.shape(color_jitter) == (4,) and min(color_jitter) >= 0
         and color_jitter[3] <= 0.5, "color_jitter", color_jitter,
         "None or four strengths >= 0: brightness, contrast, saturation, hue <= 0.5")
-  check(randaugment is None or np.shape(randaugment) == (2,) and randaugment[0] in range(1, 100)
-        and 0 <= randaugment[1] <= 30, "randaugment", randaugment,
-        "None or (layers >= 1, magnitude in [0, 30])")
+  layers = None if randaugment is None else rand_augment.read(randaugment, interpolation, check)
+  check(mix_size is None or type(mix_size) is int and mix_size > 0, "mix_size", mix_size,
+        "None or an int > 0")
+  check(mix_partner in PARTNERS, "mix_partner", mix_partner, f"one of {PARTNERS}", PARTNERS)
   for field, value, high in (
       ("jitter_prob", jitter_prob, 1), ("grayscale", grayscale, 1), ("blur", blur, 1),
       ("solarize", solarize, 1), ("erase", erase, 1), ("mix_prob", mix_prob, 1),
@@ -168,8 +213,8 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     image = image_ops.sometimes(solarize_key, image, solarize, lambda _, x: image_ops.solarize(x))
     if flip:
       image = pix.random_flip_left_right(flip_key, image)
-    if randaugment is not None:
-      image = image_ops.rand_augment(rand_key, image, *randaugment, mean)
+    if layers is not None:
+      image = rand_augment.rand_augment(rand_key, image, mean, **layers)
     image = (image - mean) / std
     return image_ops.random_erase(erase_key, image, erase) if erase else image
 
@@ -182,7 +227,7 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     if not (mixup or cutmix):
       return {**batch, "image": image}
     image = jax.lax.optimization_barrier(image)  # or its two uses in `mix` compute it twice
-    return mix(mix_key, {**batch, "image": image}, mixup, cutmix, mix_prob)
+    return mix(mix_key, {**batch, "image": image}, mixup, cutmix, mix_prob, mix_size, mix_partner)
 
   def evaluate(batch):
     resize = functools.partial(image_ops.centre_resize, size=size, method=interpolation)
@@ -194,21 +239,25 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
 
 FIELDS = {p.name: p.annotation for p in inspect.signature(one_view).parameters.values()
           if p.kind is p.KEYWORD_ONLY}
-SHARED = ("image_size", "cropped", "mixup", "cutmix", "mix_prob")  # by two views
+# By two views.
+SHARED = ("image_size", "cropped", "mixup", "cutmix", "mix_prob", "mix_size", "mix_partner")
 
 
-def make(*, second_view=None, **fields) -> Augment:
+def make(*, second_view=None, batch_size: int | None = None, **fields) -> Augment:
   """The recipe of `config.augment`: one view of each image, or two for contrastive learning.
 
   Args:
     second_view: None, or a dict, maybe empty, of the fields in which the recipe of a second view,
       "image_2" [b, H, W, c] of training batches, differs. It is another view of "image", or, where
       the host has cropped, of its own second crop, which the batch then has as "image_2".
+    batch_size: examples of a training batch, if known, to check mix_size before anything runs.
     fields: see `one_view`.
   Raises:
     ValueError: as `one_view`; a field of second_view is named augment.second_view.FIELD.
   """
   first = one_view("augment", **fields)
+  if batch_size and fields.get("mix_size") and (fields.get("mixup") or fields.get("cutmix")):
+    check_mix_size(fields["mix_size"], batch_size)
   if second_view is None:
     return first
   _check("augment", hasattr(second_view, "keys"), "second_view", second_view, "None or a dict")

@@ -203,35 +203,6 @@ def one_of_three(key, image):
       grayscale, solarize, lambda x: random_blur(blur_key, x)], image)
 
 
-def autocontrast(image):
-  """Stretches each channel to [0, 1]; flat channels stay."""
-  low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
-  return jnp.where(high > low, (image - low) / jnp.where(high > low, high - low, 1), image)
-
-
-def equalize(image):
-  """Equalises each channel's histogram of 256 levels, with Pillow's integer arithmetic."""
-  def channel(plane):
-    histogram = jnp.bincount(plane.ravel(), length=256)
-    step = (plane.size - histogram[plane.max()]) // 255
-    lut = (step // 2 + jnp.cumsum(histogram) - histogram) // jnp.maximum(step, 1)
-    return jnp.where(step > 0, jnp.minimum(lut, 255)[plane], plane)
-  return jax.vmap(channel, -1, -1)(jnp.round(image * 255).astype(jnp.int32)) / 255
-
-
-def posterize(image, bits):
-  """Keeps the upper `bits` of 8."""
-  step = 2 ** (8 - bits)
-  return jnp.floor(jnp.round(image * 255) / step) * step / 255
-
-
-def sharpness(image, factor):
-  """Blends with Pillow's SMOOTH: 3x3 ones, 5 in the middle, over 13; the border stays."""
-  smooth = jax.lax.reduce_window(image, 0.0, jax.lax.add, (3, 3, 1), (1, 1, 1), "VALID")
-  smooth = (smooth + 4 * image[1:-1, 1:-1]) / 13
-  return blend(image.at[1:-1, 1:-1].set(smooth), image, factor)
-
-
 def fill_box(image, top, left, height, width, fill):
   """Replaces the box (pixels, clipped at the edge) by `fill`, broadcast against the image."""
   h, w, _ = image.shape
@@ -240,45 +211,30 @@ def fill_box(image, top, left, height, width, fill):
   return jnp.where(inside[..., None], fill, image)
 
 
-def rand_augment(key, image, layers, magnitude, fill):
-  """RandAugment (1909.13719): in each of `layers`, one of AugReg's 16 operations, equally likely.
+def erase_box(key, height, width, tries=10):
+  """A box as timm's RandomErasing draws it: the first of ten tries smaller than the image.
 
-  With level = magnitude / 10 their ranges are AutoAugment's: rotation 30 level degrees, shear 0.3
-  level, translation 100 and Cutout's side 80 level pixels at 224, enhancement 0.1 + 1.8 level,
-  Posterize keeps 4 level bits, Solarize inverts from 256 level up (these two weaken as it grows).
-  Two departures: moves are about the centre, and those of all layers are composed and sampled once,
-  bilinearly, after the colours. Under vmap each layer computes every colour operation.
+  Its area is uniform in [0.02, 1/3] of the image's, its height / width log-uniform in [0.3, 1/0.3],
+  its place uniform (1708.04896, algorithm 1; timm/data/random_erasing.py).
 
-  Args:
-    fill: [1, 1, c] or [1, 1, 1], shown where the image was cut out or moved away.
+  Returns:
+    float32 [4]: top, left, height, width in whole pixels; height and width 0 where no try fits.
   """
-  level, (h, w, _) = magnitude / 10, image.shape
-  factor, side = 0.1 + 1.8 * level, round(80 / 224 * level * min(h, w))
-  moves = jnp.array([math.radians(30), 0.3, 0.3, 100 / 224 * w, 100 / 224 * h]) * level
-  matrix = jnp.eye(3)
-  for layer_key in jax.random.split(key, layers):
-    op_key, sign_key, place_key = jax.random.split(layer_key, 3)
-    top, left = jnp.floor(jax.random.uniform(place_key, (2,)) * jnp.array([h, w])) - side // 2
-    ops = [
-        autocontrast, equalize, lambda x: 1 - x, lambda x: posterize(x, min(8, int(4 * level))),
-        lambda x: pix.solarize(x, (int(256 * level) - 0.5) / 255),
-        lambda x: jnp.where(x < 127.5 / 255, jnp.clip(x + int(110 * level) / 255, 0, 1), x),
-        lambda x: blend(grayscale(x), x, factor), lambda x: blend(grayscale(x).mean(), x, factor),
-        lambda x: blend(0.0, x, factor), lambda x: sharpness(x, factor),
-        lambda x, t=top, l=left: fill_box(x, t, l, side, side, fill),
-        lambda x: x]  # the moves' turn
-    op = jax.random.randint(op_key, (), 0, len(ops) - 1 + len(moves))
-    # Without the barrier XLA fuses one layer's operations into each of the next: twice slower.
-    image = jax.lax.optimization_barrier(
-        jax.lax.switch(jnp.minimum(op, len(ops) - 1), ops, image))
-    signed = moves * (op == len(ops) - 1 + np.arange(len(moves))) * jax.random.rademacher(sign_key)
-    matrix = jnp.matmul(matrix, affine_matrix(*signed), precision="highest")
-  return warp(image, matrix, fill)
+  area_key, aspect_key, place_key = jax.random.split(key, 3)
+  area = height * width * jax.random.uniform(area_key, (tries,), minval=0.02, maxval=1 / 3)
+  reach = math.log(1 / 0.3)
+  aspect = jnp.exp(jax.random.uniform(aspect_key, (tries,), minval=-reach, maxval=reach))
+  size = jnp.round(jnp.sqrt(jnp.stack([area * aspect, area / aspect], -1)))        # tries 2
+  limit = jnp.array([[height, width]], jnp.float32)
+  fits = jnp.all(size < limit, -1)
+  size = size[jnp.argmax(fits)] * fits.any()
+  place = jnp.floor(jax.random.uniform(place_key, (2,)) * (limit[0] - size + 1))
+  return jnp.concatenate([place, size])
 
 
 def random_erase(key, image, prob):
-  """Random erasing (1708.04896) as in DeiT: a box of 2-33% of the area turns into N(0, 1) noise."""
+  """Random erasing as in DeiT: the box of `erase_box` turns into N(0, 1) noise."""
   apply_key, box_key, noise_key = jax.random.split(key, 3)
-  box = random_box(box_key, *image.shape[:2], (0.02, 1 / 3), (0.3, 1 / 0.3))
+  box = erase_box(box_key, *image.shape[:2])
   erased = fill_box(image, *box, jax.random.normal(noise_key, image.shape))
   return jnp.where(jax.random.bernoulli(apply_key, prob), erased, image)

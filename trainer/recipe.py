@@ -179,8 +179,8 @@ def override(config: ConfigDict, key: str, text: str):
     return
   if isinstance(old, ConfigDict) and not isinstance(value, dict):
     raise ValueError(f"config.{key} = {text}: it is a section; set config.{key}.FIELD")
-  if isinstance(old, str) and not isinstance(value, str) and value is not None:
-    value = text
+  if isinstance(old, str) and not isinstance(value, str | tuple) and value is not None:
+    value = text  # a number may be a name; what is in brackets is meant as it stands
   if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if old is not None and value is not None and not sections and type(old) is not type(value):
@@ -257,7 +257,8 @@ def make_augment(config: ConfigDict, cropped: bool = False):
              if not (cropped and name in ("crop_area", "crop_ratio"))}
   latents = config.data.get("latents")
   module = find_module("input_pipeline", "latents" if latents else "augment", "")
-  return call(module.make, section, "augment", cropped=cropped, latents=latents)
+  return call(module.make, section, "augment", cropped=cropped, latents=latents,
+              batch_size=config.data.get("batch_size"))
 
 
 def make_model(config: ConfigDict):
