@@ -52,20 +52,22 @@ def embedded(config, smoke: bool):
 def base(config):
   """Appendix A.2, all steps on whole texts.
 
-  Its AdamW does not debias its moments (optimization.py of google-research/bert).
+  Its AdamW does not debias its moments, and its decay began with the run (optimization.py of
+  google-research/bert).
   Dropout is of what branches give and of the MLP's hidden features; BERT's released code drops
   attention weights in the place of the latter.
   """
   config.dtype = "bfloat16"
   config.total_steps, config.checkpoint.every_steps = 1_000_000, 10_000
   config.log_every_steps, config.eval_every_steps = 50, 10_000
-  config.model = dict(name="bert", variant="BERT-base", dropout=0.1, scan=True)
+  config.model = dict(name="bert", variant="BERT-base", activation="gelu_tanh", dropout=0.1,
+                      scan=True)
   config.data = dict(source="lines:texts.txt", batch_size=256, workers=16, on_error="skip",
                      cache_bytes=0, tokenizer="tokenizer.json", context=512, mask_token=True,
                      held_out=1e-3)
   config.optimizer = dict(name="adamw", lr=1e-4, b2=0.999, eps=1e-6, weight_decay=0.01,
                           debias=False, decay=r"(kernel|embedding|position|segment)$",
                           clip_norm=1.0)
-  config.schedule = dict(name="linear", warmup_steps=10_000)
+  config.schedule = dict(name="linear", warmup_steps=10_000, from_start=True)
   config.evals = dict(masked_text=dict(limit=10_000, baselines=("unigram",)))
   return config

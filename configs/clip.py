@@ -87,6 +87,10 @@ def clip(config, variant: str, lr: float):
   config = web_pairs(config, variant, batch_size=32768)
   config.total_examples = 32 * 400_000_000
   config.data.update(context=77)
+  # As clip/model.py starts; its image tower's blocks as PyTorch's.
+  width = 1024 if variant.endswith("L/14") else 768
+  config.model.update(kernel_init="torch", patch_init="torch", token_init=width**-0.5,
+                      position_init=width**-0.5)
   config.augment = dict(image_size=224, crop_area=(0.9, 1.0), crop_ratio=(1.0, 1.0),
                         mean=(0.48145466, 0.4578275, 0.40821073),
                         std=(0.26862954, 0.26130258, 0.27577711))

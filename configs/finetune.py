@@ -130,7 +130,7 @@ def moco_vit_linear(config, variant):
   config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls", heads=12,
                       head_init=0.01, scan=True)
   config.optimizer = dict(name="sgd", base_lr=3.0, momentum=0.9, frozen=ONLY_HEAD)
-  config.schedule = dict(name="cosine")
+  config.schedule = dict(name="cosine", hold_epochs=1)
   return config
 
 

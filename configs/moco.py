@@ -42,7 +42,7 @@ def imagenet(config, epochs: int, batch_size: int):
   config.dtype = "bfloat16"
   config.total_epochs = epochs
   config.log_every_steps, config.checkpoint.every_epochs = 50, 5
-  config.model = dict(name="moco")
+  config.model = dict(name="moco", head_kernel_init="torch")
   config.data = dict(source="tfds:imagenet2012", batch_size=batch_size, workers=16,
                      eval_split="validation")
   config.augment = dict(image_size=224, crop_area=(0.2, 1.0), interpolation="linear", flip=True,
@@ -93,7 +93,8 @@ def vit_v3(config, variant: str):
   """Sec. 4.2 of 2104.02057; the patch projection stays random (sec. 4.1)."""
   config = v3(config, epochs=300, crop_area=(0.08, 1.0))
   config.model.update(backbone="vit", variant=variant, heads=12, positions="sincos2d_moco",
-                      patch_init="xavier", scan=True, projector_hidden=(4096, 4096))
+                      patch_init="xavier", token_init=1e-6, scan=True,
+                      projector_hidden=(4096, 4096))
   config.method.update(momentum=0.99, temperature=0.2)
   config.optimizer = dict(name="adamw", base_lr=1.5e-4, weight_decay=0.1, decay="",
                           frozen="backbone/embed/projection")

@@ -62,7 +62,10 @@ def one_hour(config, variant, large: bool):
   """1706.02677 sec. 5.1, table 1: the rate falls tenfold after epochs 30, 60 and 80."""
   config = imagenet(config, variant, batch_size=8192 if large else 256)
   config.model.update(zero_init=True, head_init=0.01)
-  config.optimizer = dict(name="sgd", base_lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+  # Sec. 5.1: the scale and shift of batch norm alone do not decay.
+  config.optimizer = dict(name="sgd", base_lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4,
+                          decay=r"(kernel|head/bias)$")
+  config.augment.interpolation = "bicubic"  # as its reference 12, fb.resnet.torch
   warmup = 5 if large else 0
   drops = tuple((epoch - warmup) / (90 - warmup) for epoch in (30, 60, 80))
   # Sec. 2.2: warm-up begins at the rate of a batch of 256.

@@ -64,11 +64,13 @@ class Attention(nn.Module):
     """
     width = (memory if x is None else x).shape[-1]
     head_dim = width // self.heads
-    fan = dict(in_axis=0, out_axis=(1, 2, 3)) if self.fused_init else dict(
+    fused = self.fused_init or self.kernel_init == "torch"
+    fan = dict(in_axis=0, out_axis=(1, 2, 3)) if fused else dict(
       in_axis=0, out_axis=(2, 3), batch_axis=(1,))
     init = KERNEL_INITS[self.kernel_init]
-    kernel = self.param("qkv_kernel", init or nn.initializers.variance_scaling(
-      1.0, "fan_avg", "uniform", **fan), (width, 3, self.heads, head_dim)).astype(self.dtype)
+    xavier = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", **fan)
+    kernel = self.param("qkv_kernel", xavier if init is None or self.kernel_init == "torch" else
+                        init, (width, 3, self.heads, head_dim)).astype(self.dtype)
     offsets = self.param("qkv_bias", nn.initializers.zeros, (3, self.heads, head_dim))
     offsets = offsets.astype(self.dtype)
 

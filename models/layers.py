@@ -34,6 +34,8 @@ NORMS: Mapping[str, Callable[..., Callable]] = {
 KERNEL_INITS: Mapping[str, nn.initializers.Initializer | None] = {
   "xavier": None,
   "normal": nn.initializers.normal(0.02),  # as timm starts a ViT
+  # PyTorch's linear layers; its attention has Xavier's over query, key and value as one matrix.
+  "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
   "truncated": nn.initializers.truncated_normal(0.02),  # cut at two deviations: 1810.04805's code
 }
 
@@ -99,7 +101,8 @@ class Mlp(nn.Module):
     xavier = init or nn.initializers.xavier_uniform()
     dense = functools.partial(Dense, dtype=self.dtype)
     if self.activation in GATES:
-      h = dense((2, gated_hidden(width, self.hidden)), kernel_init=init or side_by_side,
+      first = side_by_side if self.kernel_init in ("xavier", "torch") else init
+      h = dense((2, gated_hidden(width, self.hidden)), kernel_init=first,
                 name="up")(x)                                                # ... 2 hidden
       h = activation(h[..., 0, :]) * h[..., 1, :]                            # ... hidden
     else:

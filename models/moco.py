@@ -5,11 +5,11 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models import backbones
+from models import backbones, vit
 from models.batch_norm import BatchNorm
 
 IMAGE_NETWORK = "backbone"  # the part that other runs start from
-CHOICES = backbones.CHOICES
+CHOICES = {**backbones.CHOICES, "head_kernel_init": vit.PATCH_INITS}
 
 
 class Head(nn.Module):
@@ -24,12 +24,14 @@ class Head(nn.Module):
   last_norm: bool = True
   bn_groups: int = 1
   dtype: jnp.dtype = jnp.float32
+  init: str = "lecun"  # a key of vit.PATCH_INITS
 
   @nn.compact
   def __call__(self, x, *, train: bool = False):
     for i, size in enumerate(self.sizes):
       last = i == len(self.sizes) - 1
-      x = nn.Dense(size, use_bias=not self.batch_norm, dtype=self.dtype, name=f"dense_{i}")(x)
+      x = nn.Dense(size, use_bias=not self.batch_norm, dtype=self.dtype, name=f"dense_{i}",
+                   kernel_init=vit.PATCH_INITS[self.init])(x)
       if self.batch_norm and (self.last_norm or not last):
         x = BatchNorm(groups=self.bn_groups, affine=not last, dtype=self.dtype,
                       name=f"norm_{i}")(x, train=train)
@@ -46,12 +48,14 @@ class MoCo(nn.Module):
   predictor_hidden: tuple[int, ...] | None = None  # None: no predictor
   head_norm: bool = False  # batch norm in projector and predictor
   predictor_last_norm: bool = True
+  head_kernel_init: str = "lecun"  # of both: a key of vit.PATCH_INITS
   bn_groups: int = 1  # of all batch norms, backbone and heads
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     def head(hidden, last_norm=True):
-      return Head((*hidden, self.dim), self.head_norm, last_norm, self.bn_groups, self.dtype)
+      return Head((*hidden, self.dim), self.head_norm, last_norm, self.bn_groups, self.dtype,
+                  self.head_kernel_init)
     self.projector = head(self.projector_hidden)
     if self.predictor_hidden is not None:
       self.predictor = head(self.predictor_hidden, self.predictor_last_norm)

@@ -59,7 +59,9 @@ class TextStyle(Style):
   @nn.nowrap
   def table_init(self, std: float):
     """What tables of embeddings start from: the blocks' own, where that is not Xavier's."""
-    return layers.KERNEL_INITS[self.kernel_init] or nn.initializers.normal(std)
+    if self.kernel_init in ("normal", "truncated"):
+      return layers.KERNEL_INITS[self.kernel_init]
+    return nn.initializers.normal(std)
 
   @nn.nowrap
   def make_positions(self):
