@@ -10,7 +10,8 @@ from diffusion import grids, objectives, paths, predictions, samplers
 from diffusion.guidance import guided
 from methods.method import Method
 
-LIMITS = {"none": None, "clip": lambda x0: jnp.clip(x0, -1, 1), "threshold": predictions.threshold}
+LIMITS = {"none": lambda x0: x0, "clip": lambda x0: jnp.clip(x0, -1, 1),
+          "threshold": predictions.threshold}
 CHOICES = {"path": paths.PATHS, "prediction": predictions.PREDICTIONS, "times": objectives.TIMES,
            "weighting": objectives.WEIGHTINGS}
 
@@ -91,18 +92,20 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
   def make_sample(*, sampler: str = "heun", steps: int = 50, grid: str = "uniform",
                   guidance_scale: float = 1.0, guidance_interval: tuple | None = None,
                   guidance_channels: int | None = None, limit: str = "none",
-                  rederive_eps: bool = False, grid_options: Mapping = {},
-                  sampler_options: Mapping = {}):
+                  limit_options: Mapping = {}, rederive_eps: bool = False,
+                  grid_options: Mapping = {}, sampler_options: Mapping = {}):
     """A prediction: batch["label"] [b] -> images [b, h, w, c] in the model's units.
 
     batch may hold "guidance" [b] in place of `guidance_scale`, and "noise" [b, h, w, c], of unit
     variance, to start from; a model without labels needs it. Steps of a grid in `diffusion.grids`,
-    a sampler in `diffusion.samplers.SAMPLERS`.
+    a sampler in `diffusion.samplers.SAMPLERS`; x_0 within a limit in LIMITS, whose options are the
+    keywords of `predictions.threshold`.
     """
     at = grids.make(grid, the_path, steps, **grid_options)
     times, terms = samplers.table(sampler, the_path, at, **sampler_options)
     predictions.check(prediction, the_path, at)
-    limiter = paths.lookup(LIMITS, limit, "limit")
+    limiter = functools.partial(paths.lookup(LIMITS, limit, "limit"), **limit_options)
+    jax.eval_shape(limiter, jnp.zeros((1, 2)))  # its errors, now
 
     def sample(params, extra, batch, rng, trajectory=False):
       start_key, step_key = jax.random.split(rng)
@@ -113,7 +116,8 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
       if model.num_classes:
         run = guided(network(params), label, jnp.full_like(label, model.num_classes),
                      batch.get("guidance", guidance_scale), guidance_interval, guidance_channels)
-      step = predictions.denoiser(run, prediction, the_path, sigma_data=sigma_data, limit=limiter,
+      step = predictions.denoiser(run, prediction, the_path, sigma_data=sigma_data,
+                                  limit=None if limit == "none" else limiter,
                                   rederive_eps=rederive_eps, learned_variance=model.learn_sigma)
       start = noise * the_path.sigma(at[0])
       out = samplers.sample(step, start, at, the_path, sampler, trajectory=trajectory,

@@ -45,6 +45,22 @@ def test_guidance_0_is_unconditional_and_1_conditional_bit_for_bit():
   assert np.abs(two - given).max() > 1e-3
 
 
+def test_a_limit_and_its_options_reach_the_sampler():
+  step = dict(sampler="ddim", steps=1)  # so that the sample is the limited x_0
+  _, method, batch, params, _ = make(samples={
+    "sample": step, "threshold": dict(step, limit="threshold"), "clip": dict(step, limit="clip"),
+    "held": dict(step, limit="threshold", limit_options=dict(quantile=0.9, ceiling=1.25))})
+  asked = {"label": batch["label"]}
+  free = sample(method, params, asked).astype(np.float64)
+  for name, quantile, ceiling in (("threshold", 0.995, np.inf), ("held", 0.9, 1.25)):
+    size = np.quantile(np.abs(free).reshape(8, -1), quantile, axis=1)
+    assert (size > 1.1).all()  # else nothing is told apart
+    size = np.clip(size, 1, ceiling)[:, None, None, None]
+    np.testing.assert_allclose(sample(method, params, asked, name),
+                               np.clip(free, -size, size) / size, atol=1e-5)
+  np.testing.assert_allclose(sample(method, params, asked, "clip"), np.clip(free, -1, 1), atol=1e-6)
+
+
 @pytest.mark.parametrize("options,calls", [
   (dict(sampler="ddim", steps=3), 3), (dict(sampler="heun", steps=3), 5)])
 def test_path_of_a_sampler(options, calls):
@@ -113,6 +129,10 @@ def test_labels_are_dropped_as_often_as_asked():
   ({"method.samples.sample.steps": "0"}, "steps = 0: expected at least one"),
   ({"method.samples.sample.sampler": "huen"}, "did you mean 'heun'"),
   ({"method.samples.sample.stepps": "3"}, "method.samples.sample: .*stepps"),
+  ({"method.samples.sample.limit": "threshhold"}, "did you mean 'threshold'"),
+  ({"method.samples.sample.limit": "threshold", "method.samples.sample.limit_options":
+    "{'ceiling': 0.5}"}, "ceiling = 0.5: expected .* at least 1"),
+  ({"method.samples.sample.limit_options": "{'ceiling': 2.0}"}, "method.samples.sample: .*ceiling"),
   ({"method.path": "vp_discrete", "method.prediction": "eps"}, "needs d alpha / dt"),
   ({"method.path": "vp_discrete", "method.prediction": "velocity"}, "did you mean 'v'"),
   ({"method.path": "edm", "method.times": "logit_normal"}, "logit_normal"),
