@@ -45,6 +45,33 @@ def test_guidance_0_is_unconditional_and_1_conditional_bit_for_bit():
   assert np.abs(two - given).max() > 1e-3
 
 
+def test_guidance_leaves_a_learned_variance_alone():
+  """As DiT's forward_with_cfg: what it does not guide comes from the conditional branch."""
+  options = dict(sampler="ddpm", sampler_options=dict(variance="learned"), steps=2,
+                 grid="quadratic", grid_options=dict(start=16))  # the bounds are far apart there
+  model, method, batch, params, _ = make(
+    path="vp_discrete", prediction="eps", model=dict(learn_sigma=True),
+    samples={"sample": options, "all": dict(options, guidance_channels=2)})
+  noise = np.asarray(jax.random.normal(jax.random.key(5), (8, 16, 16, 1)))
+  label, scale, rng = batch["label"], 3.0, jax.random.key(3)
+  alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+  high, low = alpha_bar[16], alpha_bar[0]
+  x, t, beta = noise * np.sqrt(1 - high), np.full(8, 16, np.float32), 1 - high / low
+  given, none = (np.float64(model.apply({"params": params}, x, t, y)) for y in (
+    label, np.full(8, 3)))
+  eps = (none + scale * (given - none))[..., :1]
+  x0 = (x - np.sqrt(1 - high) * eps) / np.sqrt(high)
+  mean = (np.sqrt(low) * beta * x0 + np.sqrt(1 - beta) * (1 - low) * x) / (1 - high)
+  small, share = beta * (1 - low) / (1 - high), (given[..., 1:] + 1) / 2
+  std = np.exp((share * np.log(beta) + (1 - share) * np.log(small)) / 2)
+  drawn = jax.random.normal(jax.random.fold_in(jax.random.split(rng)[1], 0), noise.shape)
+  asked = {"label": label, "noise": noise, "guidance": np.full(8, scale, np.float32)}
+  path, everything = (np.asarray(jax.jit(method.predict[name])(params, {}, asked, rng)["x"][:, 1])
+                      for name in ("sample_path", "all_path"))
+  np.testing.assert_allclose(path, mean + std * drawn, atol=1e-5)
+  assert np.abs(path - everything).max() > 1e-3
+
+
 def test_a_limit_and_its_options_reach_the_sampler():
   step = dict(sampler="ddim", steps=1)  # so that the sample is the limited x_0
   _, method, batch, params, _ = make(samples={
