@@ -79,11 +79,11 @@ def imagenet(config, variant: str, total_steps: int):
 
 
 def dit(config):
-  """Linear betas, 1000 steps, noise predicted, variance learned; the sampler of its table 2."""
+  """Linear betas, 1000 steps, noise predicted, variance learned; 250 of them as its code takes."""
   config.model.learn_sigma = True
   config.method.update(path="vp_discrete", prediction="eps", samples=dict(
     sample=dict(sampler="ddpm", sampler_options=dict(variance="learned"), grid="discrete",
-                steps=250, guidance_channels=3)))
+                grid_options=dict(spacing="respaced"), steps=250, guidance_channels=3)))
   return config
 
 

@@ -98,15 +98,15 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
 
     batch may hold "guidance" [b] in place of `guidance_scale`, and "noise" [b, h, w, c], of unit
     variance, to start from; a model without labels needs it. Guidance leaves a learned variance
-    alone, as DiT's code does, unless `guidance_channels` reaches further than the image's. Steps of a grid in `diffusion.grids`,
-    a sampler in `diffusion.samplers.SAMPLERS`; x_0 within a limit in LIMITS, whose options are the
-    keywords of `predictions.threshold`.
+    alone, as DiT's code does, unless `guidance_channels` reaches further than the image's. Steps of
+    a grid in `diffusion.grids`, a sampler in `diffusion.samplers.SAMPLERS`; x_0 within a limit in
+    LIMITS, whose options are the keywords of `predictions.threshold`.
     """
     at = grids.make(grid, the_path, steps, **grid_options)
     times, terms = samplers.table(sampler, the_path, at, **sampler_options)
     predictions.check(prediction, the_path, at)
     if guidance_channels is None and model.learn_sigma:
-      guidance_channels = model.channels  # the rest of the outputs, the variance's, stay conditional
+      guidance_channels = model.channels  # those after them, the variance's, stay conditional
     limiter = functools.partial(paths.lookup(LIMITS, limit, "limit"), **limit_options)
     jax.eval_shape(limiter, jnp.zeros((1, 2)))  # its errors, now
 
