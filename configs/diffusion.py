@@ -88,8 +88,11 @@ def dit(config):
 
 
 def sit(config):
-  """Euler-Maruyama as its repository has it, w_t = 2 sigma_t, a last step from 0.04; and an ODE."""
-  config.method.update(path="linear", prediction="velocity", samples=dict(
+  """Euler-Maruyama as its repository has it, w_t = 2 sigma_t, a last step from 0.04; and an ODE.
+
+  Its network is given times in [0, 1] as they are.
+  """
+  config.method.update(path="linear", prediction="velocity", time_scale=1.0, samples=dict(
     sample=dict(sampler="euler_maruyama", sampler_options=dict(diffusion="sigma", scale=2.0),
                 grid_options=dict(end=0.04), steps=250, guidance_channels=3),
     sample_ode=dict(sampler="heun", steps=125, guidance_channels=3)))

@@ -33,7 +33,8 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
     sigma_data: standard deviation of the data, for "edm".
     vlb_weight: of the bound that a learned variance is trained by (2102.09672 eq. 16).
     label_dropout: share of labels replaced by "none given" (2207.12598 alg. 1).
-    time_scale: factor on the network's times; None: 1 on a discrete path, else 1000.
+    time_scale: factor on the times that the network embeds. None: 1 on a discrete path, else 1000,
+      so that times in [0, 1] span the embedding as DDPM's do; SiT's code, and its recipe, have 1.
     samples: prediction name -> keywords of `make_sample`. NAME_path is the same on its way, in the
       model's units: "x" [b, calls + 1, h, w, c] from noise to image, "x0" [b, calls, h, w, c] as
       predicted by each call of the network, "t" [b, calls].

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion import grids, guidance, paths, predictions, samplers
 from methods import diffusion
 from models import dit
 from trainer import recipe, sharding
@@ -140,6 +141,67 @@ def test_every_corner_of_the_frame_trains_and_samples(fields):
   image = sample(method, params, batch if not model.num_classes else {"label": batch["label"]},
                  noise=np.ones((8, 16, 16, 1), np.float32))
   assert image.shape == (8, 16, 16, 1) and np.isfinite(image).all()
+
+
+def embedded_times(monkeypatch):
+  """List of what `models.dit.Condition` is given from now on: arrays as they reach the sinusoid."""
+  seen, features = [], dit.timestep_features
+
+  def spy(t, *args):
+    jax.debug.callback(lambda t: seen.append(np.asarray(t)), t)
+    return features(t, *args)
+
+  monkeypatch.setattr(dit, "timestep_features", spy)
+  return seen
+
+
+@pytest.mark.parametrize("variant, fields, scale", [
+  ("imagenet_sit_xl2", {}, 1), ("imagenet_sit_xl2", {"time_scale": None}, 1000),
+  ("", {}, 1000), ("imagenet_dit_xl2", {}, 1)])
+def test_times_reach_the_embedding_on_the_recipes_scale(variant, fields, scale, monkeypatch):
+  """willisma/SiT models.py embeds t in [0, 1] itself; without the field a run keeps its 1000."""
+  config = recipe.load_config(f"configs/diffusion.py:{variant}")
+  options = {name: config.method[name] for name in ("path", "prediction", "time_scale")
+             if name in config.method} | fields
+  seen = embedded_times(monkeypatch)
+  _, method, batch, params, _ = make(
+    **options, model=dict(learn_sigma=config.model.get("learn_sigma", False)),
+    samples={"sample": dict(sampler="ddim", steps=2)})
+  drawn = method.draw(jax.random.key(5), batch)
+  method.loss(params, {}, drawn, jax.random.key(6), 0)
+  jax.effects_barrier()
+  np.testing.assert_array_equal(seen[-1], np.float32(drawn["time"]) * np.float32(scale))
+  t = np.linspace(0.25, 0.75, 8, dtype=np.float32)
+  method.predict["denoise"](params, {}, {**batch, "t": t}, None)
+  jax.effects_barrier()
+  np.testing.assert_array_equal(seen[-1], t * np.float32(scale))
+
+
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("start", [999.0, 998.5])
+def test_times_keep_their_digits_in_bfloat16(start, dtype, x_dtype, monkeypatch):
+  """bfloat16 has 8 bits, so that both would be 1000: a time that no model was trained at."""
+  seen = embedded_times(monkeypatch)
+  model, method, batch, params, _ = make(
+    path="vp_discrete", prediction="v", model=dict(dtype=dtype),
+    samples={"sample": dict(sampler="ddim", steps=2, grid_options=dict(start=start))})
+  x, label, path = batch["image"].astype(x_dtype), batch["label"], paths.vp_discrete()
+  network = guidance.guided(lambda *args: model.apply({"params": params}, *args), label,
+                            np.full(8, 3, np.int32), 2.0)
+  denoise = predictions.denoiser(network, "v", path)
+  calls = [
+    lambda: samplers.sample(denoise, x, grids.make("uniform", path, 2, start=start), path),
+    lambda: sample(method, params, {"label": label, "noise": x}),
+    lambda: method.predict["denoise"](params, {}, {
+      "image": x, "label": label, "t": np.full(8, start, np.float32)}, None)]
+  for call in calls:
+    seen.clear()
+    assert np.isfinite(np.float32(call())).all()
+    jax.effects_barrier()
+    times = sorted({(t.dtype.name, *np.unique(t)) for t in seen})
+    assert times[-1] == ("float32", start)
+    assert times[:-1] in ([], [("float32", (start - 1) / 2)])
 
 
 def test_labels_are_dropped_as_often_as_asked():
