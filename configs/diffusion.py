@@ -13,6 +13,9 @@ Latents of ImageNet 256 x 256, stored by an autoencoder of stride 8 (Stable Diff
                                       2.27 with guidance 1.5 (table 2)
   imagenet_sit_xl2                    SiT (2401.08740): linear path, velocity. Published FID, 250
                                       steps: 8.3 with the SDE, 2.06 with guidance 1.5
+
+The published runs were in float32, drew times independently, and mirrored half of the images before
+they encoded them: for that, store the latents of the mirrored images as well.
 """
 
 from configs.base import get_base
