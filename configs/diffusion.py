@@ -13,6 +13,9 @@ Latents of ImageNet 256 x 256, stored by an autoencoder of stride 8 (Stable Diff
                                       2.27 with guidance 1.5 (table 2)
   imagenet_sit_xl2                    SiT (2401.08740): linear path, velocity. Published FID, 250
                                       steps: 8.3 with the SDE, 2.06 with guidance 1.5
+
+The published runs were in float32, drew times independently, and mirrored half of the images before
+they encoded them: for that, store the latents of the mirrored images as well.
 """
 
 from configs.base import get_base
@@ -79,17 +82,20 @@ def imagenet(config, variant: str, total_steps: int):
 
 
 def dit(config):
-  """Linear betas, 1000 steps, noise predicted, variance learned; the sampler of its table 2."""
+  """Linear betas, 1000 steps, noise predicted, variance learned; 250 of them as its code takes."""
   config.model.learn_sigma = True
   config.method.update(path="vp_discrete", prediction="eps", samples=dict(
     sample=dict(sampler="ddpm", sampler_options=dict(variance="learned"), grid="discrete",
-                steps=250, guidance_channels=3)))
+                grid_options=dict(spacing="respaced"), steps=250, guidance_channels=3)))
   return config
 
 
 def sit(config):
-  """Euler-Maruyama as its repository has it, w_t = 2 sigma_t, a last step from 0.04; and an ODE."""
-  config.method.update(path="linear", prediction="velocity", samples=dict(
+  """Euler-Maruyama as its repository has it, w_t = 2 sigma_t, a last step from 0.04; and an ODE.
+
+  Its network is given times in [0, 1] as they are.
+  """
+  config.method.update(path="linear", prediction="velocity", time_scale=1.0, samples=dict(
     sample=dict(sampler="euler_maruyama", sampler_options=dict(diffusion="sigma", scale=2.0),
                 grid_options=dict(end=0.04), steps=250, guidance_channels=3),
     sample_ode=dict(sampler="heun", steps=125, guidance_channels=3)))

@@ -65,8 +65,9 @@ def discrete(path: Path, steps: int, spacing: str = "trailing", offset: int = 0,
   Args:
     path: a discrete one.
     steps: n.
-    spacing: "leading" (multiples of T // n), "trailing" (T - 1 and back by T / n) or "linspace"
-      (equal steps from T - 1 to 0).
+    spacing: "leading" (multiples of T // n), "trailing" (T - 1 and back by T / n), "linspace"
+      (equal steps from T - 1 to 0) or "respaced": those steps as 2102.09672's and DiT's code adds
+      them up from 0, whose rounding takes the other integer at some of 21 steps, say.
     offset: added to each, where leading.
     rounded: False keeps the fractions of "linspace".
     drop_last: make n + 1 and leave out the least noisy (DPM-Solver's leading and linspace).
@@ -76,9 +77,11 @@ def discrete(path: Path, steps: int, spacing: str = "trailing", offset: int = 0,
   count, T = steps + drop_last, path.steps
   if not T or count > T:
     raise ValueError(f"grid 'discrete' of {steps} steps: path {path.name!r} has {T} to choose from")
+  stride = (T - 1) / max(count - 1, 1)
   times = lookup({"leading": np.arange(count)[::-1] * (T // count) + offset,
                   "trailing": np.round(T - np.arange(count) * T / count) - 1,
-                  "linspace": np.linspace(T - 1, 0, count)}, spacing, "spacing")
+                  "linspace": np.linspace(T - 1, 0, count),
+                  "respaced": np.cumsum([0, *[stride] * (count - 1)])[::-1]}, spacing, "spacing")
   times = np.round(times) if rounded else times
   return np.append(times[:steps], _default(final, path.t_data))
 

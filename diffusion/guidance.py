@@ -25,8 +25,8 @@ def guided(network: Callable, condition, null, scale, interval: tuple[float, flo
     interval: (least, most) times between which to guide; outside, the output is the conditional one
       (2404.07724). Times as the network is given them: c_noise for prediction "edm".
     channels: how many leading channels to guide; the others are the conditional ones (unless the
-      scale is 0), as learned variances should be. DiT's published code guides 3 of its 4 latents.
-      None: all.
+      scale is 0), as learned variances should be; `methods.diffusion` sees to that. DiT's
+      published code guides 3 of its 4 latents. None: all.
   """
   if interval is not None and not interval[0] < interval[1]:
     raise ValueError(f"interval = {interval}: expected (least, most) times")

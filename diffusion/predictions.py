@@ -4,6 +4,7 @@ Every prediction is P x_0 + Q eps with P, Q known at t. Beside x_t = alpha x_0 +
 two equations with two unknowns, so two formulas convert between all of them.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -126,11 +127,18 @@ def denoiser(network: Callable, prediction: str, path: Path, *, sigma_data: floa
   return denoise
 
 
-def threshold(x0, quantile: float = 0.995, ceiling: float = 1.0):
+def threshold(x0, quantile: float = 0.995, ceiling: float = math.inf):
   """Dynamic thresholding (2205.11487 sec. 2.3): clip to an example's quantile of |x_0|, scale back.
 
-  The quantile is held between 1 and `ceiling`.
+  Args:
+    x0: [b, ...], of data in [-1, 1].
+    quantile: share of an example's |x_0| that stays unclipped, where that reaches above 1.
+    ceiling: most that the quantile may count for, at least 1. The paper has none; at 1, the default
+      of published code, this is plain clipping to [-1, 1].
   """
+  if not 0 <= quantile <= 1 or not ceiling >= 1:
+    raise ValueError(f"threshold: quantile = {quantile}, ceiling = {ceiling}: expected a quantile "
+                     "in [0, 1] and a ceiling of at least 1")
   size = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), quantile, axis=1)
   size = expand(jnp.clip(size, 1.0, ceiling), x0)
   return jnp.clip(x0, -size, size) / size

@@ -276,6 +276,9 @@ def sample(denoise: Callable, x, times, path: Path, sampler: str = "ddim", *, rn
       {"x": new, "x0": x0} if trajectory else None)
 
   past = {name: jnp.zeros_like(x) for name in PAST if name in terms}
-  inputs = (jnp.arange(len(t)), *jax.tree.map(lambda a: jnp.asarray(a, x.dtype), (t, terms, noise)))
+  terms, noise = jax.tree.map(lambda a: jnp.asarray(a, x.dtype), (terms, noise))
+  # Times are not rounded with x: to bfloat16, 999 and 998.5 are both 1000.
+  inputs = (jnp.arange(len(t)), jnp.asarray(t, jnp.promote_types(x.dtype, jnp.float32)), terms,
+            noise)
   (x, _), states = jax.lax.scan(call, (x, past), inputs)
   return (x, states) if trajectory else x

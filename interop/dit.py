@@ -56,7 +56,8 @@ def fields(shapes, config, given) -> dict:
 def dit_describe(shapes, config, given) -> Network:
   model, method = fields(shapes, config, given), dict(path="vp_discrete", prediction="eps")
   if not model["learn_sigma"]:  # the recipe's sampler needs it
-    method["samples"] = dict(sample=dict(sampler="ddpm", grid="discrete", steps=250))
+    method["samples"] = dict(sample=dict(sampler="ddpm", grid="discrete", steps=250,
+                                         grid_options=dict(spacing="respaced")))
   return Network("configs/diffusion.py:imagenet_dit_xl2", model, dict(
     method=method, optimizer=dict(frozen="position")))
 

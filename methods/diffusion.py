@@ -10,7 +10,8 @@ from diffusion import grids, objectives, paths, predictions, samplers
 from diffusion.guidance import guided
 from methods.method import Method
 
-LIMITS = {"none": None, "clip": lambda x0: jnp.clip(x0, -1, 1), "threshold": predictions.threshold}
+LIMITS = {"none": lambda x0: x0, "clip": lambda x0: jnp.clip(x0, -1, 1),
+          "threshold": predictions.threshold}
 CHOICES = {"path": paths.PATHS, "prediction": predictions.PREDICTIONS, "times": objectives.TIMES,
            "weighting": objectives.WEIGHTINGS}
 
@@ -32,7 +33,8 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
     sigma_data: standard deviation of the data, for "edm".
     vlb_weight: of the bound that a learned variance is trained by (2102.09672 eq. 16).
     label_dropout: share of labels replaced by "none given" (2207.12598 alg. 1).
-    time_scale: factor on the network's times; None: 1 on a discrete path, else 1000.
+    time_scale: factor on the times that the network embeds. None: 1 on a discrete path, else 1000,
+      so that times in [0, 1] span the embedding as DDPM's do; SiT's code, and its recipe, have 1.
     samples: prediction name -> keywords of `make_sample`. NAME_path is the same on its way, in the
       model's units: "x" [b, calls + 1, h, w, c] from noise to image, "x0" [b, calls, h, w, c] as
       predicted by each call of the network, "t" [b, calls].
@@ -91,18 +93,23 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
   def make_sample(*, sampler: str = "heun", steps: int = 50, grid: str = "uniform",
                   guidance_scale: float = 1.0, guidance_interval: tuple | None = None,
                   guidance_channels: int | None = None, limit: str = "none",
-                  rederive_eps: bool = False, grid_options: Mapping = {},
-                  sampler_options: Mapping = {}):
+                  limit_options: Mapping = {}, rederive_eps: bool = False,
+                  grid_options: Mapping = {}, sampler_options: Mapping = {}):
     """A prediction: batch["label"] [b] -> images [b, h, w, c] in the model's units.
 
     batch may hold "guidance" [b] in place of `guidance_scale`, and "noise" [b, h, w, c], of unit
-    variance, to start from; a model without labels needs it. Steps of a grid in `diffusion.grids`,
-    a sampler in `diffusion.samplers.SAMPLERS`.
+    variance, to start from; a model without labels needs it. Guidance leaves a learned variance
+    alone, as DiT's code does, unless `guidance_channels` reaches further than the image's. Steps of
+    a grid in `diffusion.grids`, a sampler in `diffusion.samplers.SAMPLERS`; x_0 within a limit in
+    LIMITS, whose options are the keywords of `predictions.threshold`.
     """
     at = grids.make(grid, the_path, steps, **grid_options)
     times, terms = samplers.table(sampler, the_path, at, **sampler_options)
     predictions.check(prediction, the_path, at)
-    limiter = paths.lookup(LIMITS, limit, "limit")
+    if guidance_channels is None and model.learn_sigma:
+      guidance_channels = model.channels  # those after them, the variance's, stay conditional
+    limiter = functools.partial(paths.lookup(LIMITS, limit, "limit"), **limit_options)
+    jax.eval_shape(limiter, jnp.zeros((1, 2)))  # its errors, now
 
     def sample(params, extra, batch, rng, trajectory=False):
       start_key, step_key = jax.random.split(rng)
@@ -113,7 +120,8 @@ def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction:
       if model.num_classes:
         run = guided(network(params), label, jnp.full_like(label, model.num_classes),
                      batch.get("guidance", guidance_scale), guidance_interval, guidance_channels)
-      step = predictions.denoiser(run, prediction, the_path, sigma_data=sigma_data, limit=limiter,
+      step = predictions.denoiser(run, prediction, the_path, sigma_data=sigma_data,
+                                  limit=None if limit == "none" else limiter,
                                   rederive_eps=rederive_eps, learned_variance=model.learn_sigma)
       start = noise * the_path.sigma(at[0])
       out = samplers.sample(step, start, at, the_path, sampler, trajectory=trajectory,

@@ -221,6 +221,21 @@ def test_threshold():
   np.testing.assert_allclose(predictions.threshold(jnp.asarray(x), 0.9, 4.0), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"ceiling": 1.5}, {"quantile": 0.9}], ids=str)
+def test_threshold_is_dynamic_unless_held_down(options):
+  """2205.11487 sec. 2.3 in float64: scaled back by the quantile, not clipped at 1."""
+  x = np.random.default_rng(3).normal(0, 1, (4, 8, 8, 3)) * np.array([3, 1.2, 0.2, 40])[
+    :, None, None, None]
+  size = np.quantile(np.abs(x).reshape(4, -1), options.get("quantile", 0.995), axis=1)
+  size = np.minimum(np.maximum(size, 1), options.get("ceiling", np.inf))
+  assert (size > 1).sum() >= 3 and size[2] == 1
+  size = size[:, None, None, None]
+  expected = np.clip(x, -size, size) / size
+  out = np.asarray(predictions.threshold(jnp.asarray(x, jnp.float32), **options))
+  np.testing.assert_allclose(out, expected, atol=1e-6)
+  assert np.abs(out - np.clip(x, -1, 1)).max() > 0.1
+
+
 def test_sigma_frame_is_the_same_model(float64):
   path, t = paths.vp_linear(), np.array([0.1, 0.8])
   def denoise(x, t):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion import grids, guidance, paths, predictions, samplers
 from methods import diffusion
 from models import dit
 from trainer import recipe, sharding
@@ -43,6 +44,49 @@ def test_guidance_0_is_unconditional_and_1_conditional_bit_for_bit():
                                atol=1e-5)
   two = sample(method, params, asked, guidance=np.full(8, 2.0, np.float32))
   assert np.abs(two - given).max() > 1e-3
+
+
+def test_guidance_leaves_a_learned_variance_alone():
+  """As DiT's forward_with_cfg: what it does not guide comes from the conditional branch."""
+  options = dict(sampler="ddpm", sampler_options=dict(variance="learned"), steps=2,
+                 grid="quadratic", grid_options=dict(start=16))  # the bounds are far apart there
+  model, method, batch, params, _ = make(
+    path="vp_discrete", prediction="eps", model=dict(learn_sigma=True),
+    samples={"sample": options, "all": dict(options, guidance_channels=2)})
+  noise = np.asarray(jax.random.normal(jax.random.key(5), (8, 16, 16, 1)))
+  label, scale, rng = batch["label"], 3.0, jax.random.key(3)
+  alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+  high, low = alpha_bar[16], alpha_bar[0]
+  x, t, beta = noise * np.sqrt(1 - high), np.full(8, 16, np.float32), 1 - high / low
+  given, none = (np.float64(model.apply({"params": params}, x, t, y)) for y in (
+    label, np.full(8, 3)))
+  eps = (none + scale * (given - none))[..., :1]
+  x0 = (x - np.sqrt(1 - high) * eps) / np.sqrt(high)
+  mean = (np.sqrt(low) * beta * x0 + np.sqrt(1 - beta) * (1 - low) * x) / (1 - high)
+  small, share = beta * (1 - low) / (1 - high), (given[..., 1:] + 1) / 2
+  std = np.exp((share * np.log(beta) + (1 - share) * np.log(small)) / 2)
+  drawn = jax.random.normal(jax.random.fold_in(jax.random.split(rng)[1], 0), noise.shape)
+  asked = {"label": label, "noise": noise, "guidance": np.full(8, scale, np.float32)}
+  path, everything = (np.asarray(jax.jit(method.predict[name])(params, {}, asked, rng)["x"][:, 1])
+                      for name in ("sample_path", "all_path"))
+  np.testing.assert_allclose(path, mean + std * drawn, atol=1e-5)
+  assert np.abs(path - everything).max() > 1e-3
+
+
+def test_a_limit_and_its_options_reach_the_sampler():
+  step = dict(sampler="ddim", steps=1)  # so that the sample is the limited x_0
+  _, method, batch, params, _ = make(samples={
+    "sample": step, "threshold": dict(step, limit="threshold"), "clip": dict(step, limit="clip"),
+    "held": dict(step, limit="threshold", limit_options=dict(quantile=0.9, ceiling=1.25))})
+  asked = {"label": batch["label"]}
+  free = sample(method, params, asked).astype(np.float64)
+  for name, quantile, ceiling in (("threshold", 0.995, np.inf), ("held", 0.9, 1.25)):
+    size = np.quantile(np.abs(free).reshape(8, -1), quantile, axis=1)
+    assert (size > 1.1).all()  # else nothing is told apart
+    size = np.clip(size, 1, ceiling)[:, None, None, None]
+    np.testing.assert_allclose(sample(method, params, asked, name),
+                               np.clip(free, -size, size) / size, atol=1e-5)
+  np.testing.assert_allclose(sample(method, params, asked, "clip"), np.clip(free, -1, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("options,calls", [
@@ -99,6 +143,67 @@ def test_every_corner_of_the_frame_trains_and_samples(fields):
   assert image.shape == (8, 16, 16, 1) and np.isfinite(image).all()
 
 
+def embedded_times(monkeypatch):
+  """List of what `models.dit.Condition` is given from now on: arrays as they reach the sinusoid."""
+  seen, features = [], dit.timestep_features
+
+  def spy(t, *args):
+    jax.debug.callback(lambda t: seen.append(np.asarray(t)), t)
+    return features(t, *args)
+
+  monkeypatch.setattr(dit, "timestep_features", spy)
+  return seen
+
+
+@pytest.mark.parametrize("variant, fields, scale", [
+  ("imagenet_sit_xl2", {}, 1), ("imagenet_sit_xl2", {"time_scale": None}, 1000),
+  ("", {}, 1000), ("imagenet_dit_xl2", {}, 1)])
+def test_times_reach_the_embedding_on_the_recipes_scale(variant, fields, scale, monkeypatch):
+  """willisma/SiT models.py embeds t in [0, 1] itself; without the field a run keeps its 1000."""
+  config = recipe.load_config(f"configs/diffusion.py:{variant}")
+  options = {name: config.method[name] for name in ("path", "prediction", "time_scale")
+             if name in config.method} | fields
+  seen = embedded_times(monkeypatch)
+  _, method, batch, params, _ = make(
+    **options, model=dict(learn_sigma=config.model.get("learn_sigma", False)),
+    samples={"sample": dict(sampler="ddim", steps=2)})
+  drawn = method.draw(jax.random.key(5), batch)
+  method.loss(params, {}, drawn, jax.random.key(6), 0)
+  jax.effects_barrier()
+  np.testing.assert_array_equal(seen[-1], np.float32(drawn["time"]) * np.float32(scale))
+  t = np.linspace(0.25, 0.75, 8, dtype=np.float32)
+  method.predict["denoise"](params, {}, {**batch, "t": t}, None)
+  jax.effects_barrier()
+  np.testing.assert_array_equal(seen[-1], t * np.float32(scale))
+
+
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("start", [999.0, 998.5])
+def test_times_keep_their_digits_in_bfloat16(start, dtype, x_dtype, monkeypatch):
+  """bfloat16 has 8 bits, so that both would be 1000: a time that no model was trained at."""
+  seen = embedded_times(monkeypatch)
+  model, method, batch, params, _ = make(
+    path="vp_discrete", prediction="v", model=dict(dtype=dtype),
+    samples={"sample": dict(sampler="ddim", steps=2, grid_options=dict(start=start))})
+  x, label, path = batch["image"].astype(x_dtype), batch["label"], paths.vp_discrete()
+  network = guidance.guided(lambda *args: model.apply({"params": params}, *args), label,
+                            np.full(8, 3, np.int32), 2.0)
+  denoise = predictions.denoiser(network, "v", path)
+  calls = [
+    lambda: samplers.sample(denoise, x, grids.make("uniform", path, 2, start=start), path),
+    lambda: sample(method, params, {"label": label, "noise": x}),
+    lambda: method.predict["denoise"](params, {}, {
+      "image": x, "label": label, "t": np.full(8, start, np.float32)}, None)]
+  for call in calls:
+    seen.clear()
+    assert np.isfinite(np.float32(call())).all()
+    jax.effects_barrier()
+    times = sorted({(t.dtype.name, *np.unique(t)) for t in seen})
+    assert times[-1] == ("float32", start)
+    assert times[:-1] in ([], [("float32", (start - 1) / 2)])
+
+
 def test_labels_are_dropped_as_often_as_asked():
   _, method, batch, _, _ = make(label_dropout=0.25)
   big = {"image": np.zeros((4000, 16, 16, 1), np.float32)}
@@ -113,6 +218,10 @@ def test_labels_are_dropped_as_often_as_asked():
   ({"method.samples.sample.steps": "0"}, "steps = 0: expected at least one"),
   ({"method.samples.sample.sampler": "huen"}, "did you mean 'heun'"),
   ({"method.samples.sample.stepps": "3"}, "method.samples.sample: .*stepps"),
+  ({"method.samples.sample.limit": "threshhold"}, "did you mean 'threshold'"),
+  ({"method.samples.sample.limit": "threshold", "method.samples.sample.limit_options":
+    "{'ceiling': 0.5}"}, "ceiling = 0.5: expected .* at least 1"),
+  ({"method.samples.sample.limit_options": "{'ceiling': 2.0}"}, "method.samples.sample: .*ceiling"),
   ({"method.path": "vp_discrete", "method.prediction": "eps"}, "needs d alpha / dt"),
   ({"method.path": "vp_discrete", "method.prediction": "velocity"}, "did you mean 'v'"),
   ({"method.path": "edm", "method.times": "logit_normal"}, "logit_normal"),

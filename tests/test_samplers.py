@@ -1,6 +1,7 @@
 """Samplers and grids against closed forms: Gaussian data, whose every map and moment is known."""
 
 import functools
+import importlib
 
 import chex
 import jax
@@ -360,6 +361,7 @@ def test_respaced_sampling_of_the_published_dit(sampler):
   ("discrete", "vp_discrete", {"spacing": "leading", "drop_last": True}, [800, 600, 400, 200, -1]),
   ("discrete", "vp_discrete", {}, [999, 749, 499, 249, -1]),
   ("discrete", "vp_discrete", {"spacing": "linspace"}, [999, 666, 333, 0, -1]),
+  ("discrete", "vp_discrete", {"spacing": "respaced"}, [999, 666, 333, 0, -1]),
   ("discrete", "vp_discrete", {"spacing": "linspace", "drop_last": True},
    [999, 749, 500, 250, -1]),
 ])
@@ -367,6 +369,23 @@ def test_grids(grid, path, options, expected):
   times = grids.make(grid, paths.PATHS[path](), 4, **options)
   assert times.dtype == np.float64
   np.testing.assert_allclose(times, expected, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["imagenet_dit_b4", "imagenet_dit_xl2"])
+@pytest.mark.parametrize("steps", [250, 50, 10, 21])
+def test_recipes_of_dit_take_its_steps(variant, steps):
+  """space_timesteps(1000, "250") of facebookresearch/DiT diffusion/respace.py, told again."""
+  options = importlib.import_module("configs.diffusion").get_config(variant).method.samples.sample
+  assert options.steps == 250
+  place, expected = 0.0, []
+  while len(expected) < steps:  # Python's sum and round, as there
+    expected.append(round(place))
+    place += 999 / (steps - 1)
+  times = grids.make(options.grid, paths.vp_discrete(), steps, **options.get("grid_options", {}))
+  np.testing.assert_array_equal(times, [*expected[::-1], -1])
+  if steps != 21:  # where sums stay off the halves it is the nearest integer to i 999 / (n - 1)
+    exact = [(2 * 999 * i + steps - 1) // (2 * (steps - 1)) for i in range(steps)]
+    np.testing.assert_array_equal(times[:-1], exact[::-1])
 
 
 def test_shift_is_of_the_noise_level():
