@@ -73,7 +73,7 @@ def drops(epochs, at):
           for epoch in (0, *(drop - 1 for drop in at), *at)}
 
 
-# --- First updates, in float64: what is subtracted at rate 1 from a parameter p of gradient g ------
+# --- First updates, in float64: what is subtracted at rate 1 from a parameter p of gradient g ---
 
 def np_adam(g, p, decayed, *, decay, eps=1e-8, b1=0.9, b2=0.999, debias=True):
   m, v = ((g, g**2) if debias else ((1 - b1) * g, (1 - b2) * g**2))
