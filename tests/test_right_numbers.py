@@ -7,6 +7,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from input_pipeline.splits import with_parts
+from interop import formats
+from interop.published import FORMATS
 from models import bert, dit, mae, resnet, transformer, vit
 
 WIDE = dict(image_size=32, channels=3, patch=8, width=96, depth=2, heads=4, mlp_dim=384)
@@ -194,3 +196,24 @@ def test_a_part_of_a_split(name, expected):
 def test_a_part_without_examples():
   with pytest.raises(ValueError, match=r"'train\[9:\]': none of the 3 examples of 'train'"):
     with_parts({"train": [1, 2, 3]}, ("train[9:]",))
+
+
+# --- What shapes do not tell ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("width,hidden", [(384, 1536), (768, 3072)])
+def test_moco_v3s_vits_have_twelve_heads_and_an_import_says_so(width, hidden):
+  """vits.py of facebookresearch/moco-v3: `vit_small` has twelve heads, DeiT's S six."""
+  shapes = {"patch_embed.proj.weight": (width, 3, 16, 16), "pos_embed": (1, 197, width),
+            "cls_token": (1, 1, width), "head.0.weight": (4096, width),
+            "head.3.weight": (4096, 4096), "head.6.weight": (256, 4096),
+            **{f"blocks.{i}.mlp.fc1.weight": (hidden, width) for i in range(12)}}
+  shapes = {"predictor.0.weight": (4096, 256), "predictor.3.weight": (256, 4096),
+            **{f"base_encoder.{name}": shape for name, shape in shapes.items()}}
+  form = FORMATS["moco/v3"]
+  model = form.describe(shapes, {}, {}).model
+  assert model["heads"] == 12
+  said = {entry.ours for entry in formats.assumed(form, model, {}, {})}
+  assert "config.model.heads = 12" in said
+  assert form.describe(shapes, {}, {"heads": 6}).model["heads"] == 6
+  told = {entry.ours for entry in formats.assumed(form, model, {"num_heads": 12}, {})}
+  assert not any("heads" in line for line in told)
