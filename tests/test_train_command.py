@@ -148,7 +148,7 @@ def test_bfloat16_follows_float32(finished, run_train, tmp_path):
   (["--config.optimzer.lr=1"], "did you mean 'optimizer'"),
   (["--config.optimizer.weight_decy=1"], "did you mean 'weight_decay'"),
   (["--config.optimizer.name=adamv"], "did you mean 'adamw'"),
-  (["--config.optimizer.momentum=0.9"], "adamw takes b1, b2, eps; .*momentum=none leaves it out"),
+  (["--config.optimizer.momentum=0.9"], "adamw takes b1, b2, eps, debias; .*momentum=none leaves it out"),
   (["--config.optimizer.lr=abc"], "expected float"),
   (["--config.model.dept=3"], "did you mean 'depth'"),
   (["--config.model.depth=three"], "expected int"),
