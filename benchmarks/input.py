@@ -77,12 +77,13 @@ def ours(folder: Path, case: str):
   """Batches as a run has them once they are on the device and augmented."""
   import jax
 
-  from input_pipeline import augment, batches
+  from input_pipeline import augment, batches, geometry
   if case == "memory":
     return batches.make(f"folder:{folder}/memory", batch_size=BATCH[case]).train(0, 10**9)
-  data = batches.make(f"folder:{folder}/jpeg", batch_size=BATCH[case], image_size=SIZE,
-                      crop_area=AREA, crop_ratio=RATIO, cache_bytes=0)
-  recipe = augment.make(image_size=SIZE, cropped=True, flip=True, mean=MEAN, std=STD)
+  cut = dict(image_size=SIZE)
+  data = batches.make(f"folder:{folder}/jpeg", batch_size=BATCH[case], cache_bytes=0,
+                      views=geometry.views(dict(cut, crop_area=AREA, crop_ratio=RATIO)))
+  recipe = augment.make(**cut, flip=True, mean=MEAN, std=STD)
   step = jax.jit(lambda i, batch: recipe.train(jax.random.fold_in(jax.random.key(0), i), batch))
   return (jax.block_until_ready(step(i, batch)) for i, batch in enumerate(data.train(0, 10**9)))
 
@@ -91,7 +92,7 @@ def plain_grain(folder: Path, case: str):
   """grain example by example, in Pillow and NumPy."""
   import grain
 
-  from input_pipeline import batches
+  from input_pipeline import geometry
   if case == "memory":
     with np.load(folder / "memory.npz") as file:
       arrays = {key: file[key] for key in file}
@@ -102,7 +103,7 @@ def plain_grain(folder: Path, case: str):
 
   def example(i, rng):
     with Image.open(files[i]) as image:
-      top, left, height, width = batches.random_box(rng, AREA, RATIO, image.height, image.width)
+      top, left, height, width = geometry.draw(rng, AREA, RATIO, image.height, image.width)
       image = np.asarray(image.convert("RGB").resize(
         (SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + width, top + height)))
     image = image[:, ::-1] if rng.random() < 0.5 else image

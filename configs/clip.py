@@ -24,6 +24,8 @@ from configs.base import get_base
 
 CLIP = {"vit_b32": ("CLIP-B/32", 5e-4), "vit_b16": ("CLIP-B/16", 5e-4),
         "vit_l14": ("CLIP-L/14", 4e-4)}
+# "resize(224)" of big_vision (pp/ops_image.py), in training and evaluation; pixels in [-1, 1].
+SQUASH = dict(image_size=224, train_crop="squash", eval_crop="squash", interpolation="linear")
 VARIANTS = ("", "smoke", *CLIP, "siglip_b16", "lit_b16")
 STYLES = ("sans", "serif", "mono", "bold sans", "bold serif", "bold mono", "italic sans",
           "italic serif", "italic mono")
@@ -91,7 +93,7 @@ def clip(config, variant: str, lr: float):
   width = 1024 if variant.endswith("L/14") else 768
   config.model.update(kernel_init="torch", patch_init="torch", token_init=width**-0.5,
                       position_init=width**-0.5)
-  config.augment = dict(image_size=224, crop_area=(0.9, 1.0), crop_ratio=(1.0, 1.0),
+  config.augment = dict(image_size=224, train_crop="random", eval_crop=1.0,
                         mean=(0.48145466, 0.4578275, 0.40821073),
                         std=(0.26862954, 0.26130258, 0.27577711))
   config.optimizer = dict(name="adamw", lr=lr, b2=0.98, eps=1e-6, weight_decay=0.2,
@@ -110,7 +112,7 @@ def siglip(config):
   config.total_examples = 3_000_000_000
   config.method.update(loss="sigmoid", max_logit_scale=None)
   config.data.update(context=64)
-  config.augment = dict(image_size=224, crop_area=None)
+  config.augment = dict(SQUASH)
   config.optimizer = dict(name="adafactor", lr=3e-4, beta2_cap=0.95, weight_decay=0.1,
                           clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_examples=300_000_000)
@@ -127,7 +129,7 @@ def lit(config):
                       init_scale=10.0, project_image=False)
   config.method.image_train = False
   config.data.update(context=16)
-  config.augment = dict(image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  config.augment = dict(SQUASH)
   config.optimizer = dict(name="adafactor", lr=1e-3, clip_norm=1.0, frozen="^image/")
   config.schedule = dict(name="cosine", warmup_steps=10_000)
   return config

@@ -85,7 +85,7 @@ def imagenet(config, epochs: int, batch_size: int, pixels: int = 224):
   config.log_every_steps, config.checkpoint.every_epochs = 50, 1
   config.data = dict(source="tfds:imagenet2012", batch_size=batch_size, workers=16,
                      eval_split="validation")
-  config.augment = dict(image_size=pixels, crop_area=(0.08, 1.0), flip=True,
+  config.augment = dict(image_size=pixels, crop_area=(0.08, 1.0), eval_crop=0.875, flip=True,
                         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
   return config
 
@@ -144,7 +144,8 @@ def vit_384(config, variant):
   config.total_steps = 20_000
   config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls",
                       dropout=0.1 if variant == "L/16" else 0.0, scan=True)
-  config.augment.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  config.augment.update(crop_area=(0.05, 1.0), eval_crop="squash", interpolation="linear",
+                        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.optimizer = dict(name="sgd", lr=0.03, momentum=0.9, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=500)
   return config

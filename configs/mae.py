@@ -60,7 +60,7 @@ def imagenet(config, variant):
                       decoder_heads=16, scan=True)
   config.data = dict(source="tfds:imagenet2012", batch_size=4096, workers=16,
                      eval_split="validation")
-  config.augment = dict(image_size=224, crop_area=(0.2, 1.0), flip=True,
+  config.augment = dict(image_size=224, crop_area=(0.2, 1.0), eval_crop=0.875, flip=True,
                         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
   config.optimizer = dict(name="adamw", base_lr=1.5e-4, b1=0.9, b2=0.95, weight_decay=0.05,
                           decay=r"(kernel|/cls|mask_token)$")  # all but vectors

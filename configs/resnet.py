@@ -53,7 +53,8 @@ def imagenet(config, variant: str, batch_size: int):
   config.model = dict(name="resnet", variant=variant, num_classes=1000, bn_groups=batch_size // 32)
   config.data = dict(source="tfds:imagenet2012", batch_size=batch_size, workers=16,
                      eval_split="validation")
-  config.augment = dict(image_size=224, crop_area=(0.08, 1.0), interpolation="linear", flip=True,
+  config.augment = dict(image_size=224, crop_area=(0.08, 1.0), eval_crop=0.875,
+                        interpolation="linear", flip=True,
                         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
   return config
 

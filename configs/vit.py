@@ -73,7 +73,7 @@ def imagenet(config, variant: str, pixels: int, batch_size: int, epochs: int):
   config.model = dict(name="vit", variant=variant, num_classes=1000)
   config.data = dict(source="tfds:imagenet2012", batch_size=batch_size, workers=16,
                      eval_split="validation")
-  config.augment = dict(image_size=pixels, crop_area=(0.08, 1.0), flip=True,
+  config.augment = dict(image_size=pixels, crop_area=(0.08, 1.0), eval_crop=0.875, flip=True,
                         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
   return config
 
@@ -89,8 +89,8 @@ def deit3(config, variant, pixels, batch_size, lr, drop_path, mix_size):
                       head_init=0.02, scan=True)
   config.method.update(loss="sigmoid", multi_label=True)
   config.data.repeats = 3
-  config.augment.update(three_augment=True, color_jitter=(0.3, 0.3, 0.3, 0.0), mixup=0.8,
-                        cutmix=1.0, mix_size=mix_size)
+  config.augment.update(eval_crop=1.0, three_augment=True, color_jitter=(0.3, 0.3, 0.3, 0.0),
+                        mixup=0.8, cutmix=1.0, mix_size=mix_size)
   config.optimizer = dict(name="lamb", lr=lr, eps=1e-8, weight_decay=0.05, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_epochs=5, warmup_from=1e-6 / lr, end=1e-5 / lr,
                          from_start=True, hold_epochs=1, delay_epochs=1)
@@ -108,8 +108,9 @@ def augreg(config, variant):
                       pre_logits=WIDTHS[variant], head_bias_init=-6.9, token_init=0.0,
                       position_init=WIDTHS[variant] ** -0.5, scan=True)
   config.data.train_split = "train[:99%]"
-  config.augment.update(crop_area=(0.05, 1.0), randaugment=(2, 15), mixup=0.5,
-                        mix_partner="previous", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  config.augment.update(crop_area=(0.05, 1.0), interpolation="linear", randaugment=(2, 15),
+                        mixup=0.5, mix_partner="previous", mean=(0.5, 0.5, 0.5),
+                        std=(0.5, 0.5, 0.5))
   config.optimizer = dict(name="adamw", lr=1e-3, weight_decay=0.1, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=10_000)
   return config

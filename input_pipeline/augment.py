@@ -1,6 +1,6 @@
 """Augmentation on the device: uint8 batches in, normalised float32 batches out, all under jit.
 
-The operations of `image_ops` are vmapped over per-example keys, so what happens to an example
+Images come cut to their size by `geometry`, on the host; what changes their pixels is here. The operations of `image_ops` are vmapped over per-example keys, so what happens to an example
 depends on (rng, its place in the batch) and never on the mesh.
 """
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import image_ops, rand_augment
+from input_pipeline import geometry, image_ops, rand_augment
 
 
 class Augment(NamedTuple):
@@ -97,35 +97,17 @@ def check_mix_size(size, batch_size):
                      f"its {batch_size} examples")
 
 
-def _check(section, ok, field, value, allowed, names=()):
-  if not ok:
-    near = difflib.get_close_matches(str(value), names, 1)
-    raise ValueError(f"{section}.{field} = {value!r}: must be {allowed}"
-                     + (f"; did you mean {near[0]!r}?" if near else ""))
-
-
-def _is_range(value, high=math.inf):
-  return np.shape(value) == (2,) and 0 < value[0] <= value[1] <= high
-
-
-def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=None, crop_area=None,
-             crop_ratio=(3 / 4, 4 / 3), crop_padding=None, interpolation="bicubic",
-             three_augment=False, grayscale_first=False, color_jitter=None, jitter_prob=1.0,
-             grayscale=0.0, blur=0.0, solarize=0.0, flip=False, randaugment=None, erase=0.0,
-             mixup=0.0, cutmix=0.0, mix_prob=1.0, mix_size=None, mix_partner="mirror") -> Augment:
+def one_view(section, view, *, mean=0.5, std=0.5, affine=None, three_augment=False,
+             grayscale_first=False, color_jitter=None, jitter_prob=1.0, grayscale=0.0, blur=0.0,
+             solarize=0.0, flip=False, randaugment=None, erase=0.0, mixup=0.0, cutmix=0.0,
+             mix_prob=1.0, mix_size=None, mix_partner="mirror") -> Augment:
   """The recipe of one view; operations run in the order of the keywords from `affine` on.
 
   Args:
     section: of the config, for errors.
-    image_size: pixels, int or (height, width). With no crop on, images of another size are resized
-      to cover it and cut at the centre, as in `eval`.
+    view: how the images that come were cut: see `geometry.View`.
     mean, std: of pixels in [0, 1], a float or one a channel: (x - mean) / std.
-    cropped: True if the host cropped and resized: training images must then have image_size.
     affine: dict of `random_affine`'s keywords, or None.
-    crop_area: (low, high) share of the image in (0, 1], for a random resized crop, or None.
-    crop_ratio: (low, high) width / height of that crop, > 0.
-    crop_padding: pixels >= 0: resize, pad by reflection and cut at random instead, or None.
-    interpolation: "linear" (or "bilinear"), "bicubic" or "lanczos3", antialiased.
     three_augment: one of grayscale, solarize and blur; DeiT III adds color_jitter (.3, .3, .3, 0).
     grayscale_first: grayscale before color_jitter, as in MoCo v1, instead of after it.
     color_jitter: (brightness, contrast, saturation, hue) strengths >= 0, hue <= 0.5, or None.
@@ -142,31 +124,21 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
   Raises:
     ValueError: a value is not allowed, named as SECTION.FIELD; or a batch does not fit the recipe.
   """
-  check = functools.partial(_check, section)
-  size = (image_size,) * 2 if np.ndim(image_size) == 0 else tuple(image_size)
-  check(len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size), "image_size",
-        image_size, "an int > 0 or (height, width)")
+  check, size = functools.partial(geometry.check, section), view.image_size
   for field, value in dict(mean=mean, std=std).items():
     check(np.ndim(value) <= 1 and (field == "mean" or np.min(value) > 0), field, value,
           "a number or one a channel, std > 0")
   mean, std = (np.float32(value).reshape(1, 1, -1) for value in (mean, std))
-  check(not (cropped and crop_area) and (crop_padding is None or not (cropped or crop_area)),
-        "crop_area", crop_area, "alone: only one of cropped, crop_area, crop_padding may be set")
-  check(crop_area is None or _is_range(crop_area, 1), "crop_area", crop_area,
-        "None or (low, high) with 0 < low <= high <= 1")
-  check(_is_range(crop_ratio), "crop_ratio", crop_ratio, "(low, high) with 0 < low <= high")
-  check(crop_padding is None or crop_padding >= 0, "crop_padding", crop_padding, "None or >= 0")
-  methods = ("linear", "bilinear", "bicubic", "lanczos3")
-  check(interpolation in methods, "interpolation", interpolation, f"one of {methods}", methods)
   affine, known = dict(affine or {}), tuple(image_ops.random_affine.__kwdefaults__)
   for name in affine:
     check(name in known, "affine", name, f"a dict with keys from {known}", known)
-  check(_is_range(affine.get("scale", (1, 1))), "affine.scale", affine.get("scale"),
+  check(geometry.is_range(affine.get("scale", (1, 1))), "affine.scale", affine.get("scale"),
         "(low, high) with 0 < low <= high")
   check(color_jitter is None or np.shape(color_jitter) == (4,) and min(color_jitter) >= 0
         and color_jitter[3] <= 0.5, "color_jitter", color_jitter,
         "None or four strengths >= 0: brightness, contrast, saturation, hue <= 0.5")
-  layers = None if randaugment is None else rand_augment.read(randaugment, interpolation, check)
+  layers = None if randaugment is None else rand_augment.read(
+    randaugment, view.interpolation, check)
   check(mix_size is None or type(mix_size) is int and mix_size > 0, "mix_size", mix_size,
         "None or an int > 0")
   check(mix_partner in PARTNERS, "mix_partner", mix_partner, f"one of {PARTNERS}", PARTNERS)
@@ -180,6 +152,9 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     """uint8 [b, h, w, c] -> float32 in [0, 1]."""
     if image.dtype != jnp.uint8:
       raise ValueError(f'batch["image"] must be uint8, not {image.dtype}')
+    if image.shape[1:3] != size:
+      raise ValueError(f'batch["image"] is {image.shape[1:3]}, not cut to {section}.image_size = '
+                       f"{size}")
     for field, value in dict(mean=mean, std=std).items():
       check(value.size in (1, image.shape[-1]), field, value.ravel().tolist(),
             f"one value, or one for each of the images' {image.shape[-1]} channels")
@@ -190,17 +165,10 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
 
   def train_image(key, image):
     # One key an operation, on or off: switching one leaves the others' draws as they were.
-    (affine_key, crop_key, three_key, jitter_key, gray_key, blur_key, solarize_key, flip_key,
-     rand_key, erase_key) = jax.random.split(key, 10)
+    (affine_key, _, three_key, jitter_key, gray_key, blur_key, solarize_key, flip_key, rand_key,
+     erase_key) = jax.random.split(key, 10)  # the second was the crop's, once
     if affine:
       image = image_ops.random_affine(affine_key, image, **affine)
-    if crop_area is not None:
-      box = image_ops.random_box(crop_key, *image.shape[:2], crop_area, crop_ratio)
-      image = image_ops.crop_resize(image, box, size, interpolation)
-    elif crop_padding is not None:
-      image = image_ops.padded_crop(crop_key, image, size, crop_padding, interpolation)
-    else:
-      image = image_ops.centre_resize(image, size, interpolation)
     image = image_ops.sometimes(three_key, image, float(three_augment), image_ops.one_of_three)
     if grayscale_first:
       image = to_gray(gray_key, image)
@@ -219,8 +187,6 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     return image_ops.random_erase(erase_key, image, erase) if erase else image
 
   def train(rng, batch):
-    if cropped and batch["image"].shape[1:3] != size:
-      raise ValueError(f"{section}.cropped: images are {batch['image'].shape[1:3]}, not {size}")
     image_key, mix_key = jax.random.split(rng)
     keys = jax.random.split(image_key, len(batch["image"]))
     image = jax.vmap(train_image)(keys, to_float(batch["image"]))
@@ -230,17 +196,16 @@ def one_view(section, *, image_size, mean=0.5, std=0.5, cropped=False, affine=No
     return mix(mix_key, {**batch, "image": image}, mixup, cutmix, mix_prob, mix_size, mix_partner)
 
   def evaluate(batch):
-    resize = functools.partial(image_ops.centre_resize, size=size, method=interpolation)
-    image = jax.vmap(resize)(to_float(batch["image"]))
-    return {**batch, "image": (image - mean[None]) / std[None]}
+    return {**batch, "image": (to_float(batch["image"]) - mean[None]) / std[None]}
 
   return Augment(train, evaluate, lambda image: np.asarray(image) * std + mean)
 
 
-FIELDS = {p.name: p.annotation for p in inspect.signature(one_view).parameters.values()
-          if p.kind is p.KEYWORD_ONLY}
+FIELDS = {**geometry.View.__annotations__,
+          **{p.name: p.annotation for p in inspect.signature(one_view).parameters.values()
+             if p.kind is p.KEYWORD_ONLY}}
 # By two views.
-SHARED = ("image_size", "cropped", "mixup", "cutmix", "mix_prob", "mix_size", "mix_partner")
+SHARED = ("image_size", "eval_crop", "mixup", "cutmix", "mix_prob", "mix_size", "mix_partner")
 
 
 def make(*, second_view=None, batch_size: int | None = None, **fields) -> Augment:
@@ -248,19 +213,26 @@ def make(*, second_view=None, batch_size: int | None = None, **fields) -> Augmen
 
   Args:
     second_view: None, or a dict, maybe empty, of the fields in which the recipe of a second view,
-      "image_2" [b, H, W, c] of training batches, differs. It is another view of "image", or, where
-      the host has cropped, of its own second crop, which the batch then has as "image_2".
+      "image_2" [b, H, W, c] of training batches, differs. It comes cut as "image_2", or, where
+      nothing is cut, is another view of "image".
     batch_size: examples of a training batch, if known, to check mix_size before anything runs.
-    fields: see `one_view`.
+    fields: of `geometry.View`, by which images come cut to image_size; and of `one_view`.
   Raises:
-    ValueError: as `one_view`; a field of second_view is named augment.second_view.FIELD.
+    ValueError: as these; a field of second_view is named augment.second_view.FIELD.
   """
-  first = one_view("augment", **fields)
+  def one(section, fields):
+    view = geometry.view(section, **{k: v for k, v in fields.items() if k in geometry.View._fields})
+    return one_view(section, view, **{k: v for k, v in fields.items()
+                                      if k not in geometry.View._fields})
+
+  check = functools.partial(geometry.check, "augment")
+  check(fields.get("image_size") is not None, "image_size", None, "given")
+  first = one("augment", fields)
   if batch_size and fields.get("mix_size") and (fields.get("mixup") or fields.get("cutmix")):
     check_mix_size(fields["mix_size"], batch_size)
   if second_view is None:
     return first
-  _check("augment", hasattr(second_view, "keys"), "second_view", second_view, "None or a dict")
+  check(hasattr(second_view, "keys"), "second_view", second_view, "None or a dict")
   second_view, allowed = dict(second_view), sorted({*FIELDS} - {*SHARED})
   for name in second_view:
     if name not in allowed:
@@ -268,15 +240,13 @@ def make(*, second_view=None, batch_size: int | None = None, **fields) -> Augmen
       raise ValueError(f"augment.second_view.{name}: two views differ in no such field; "
                        + (f"did you mean {near[0]!r}?" if near else f"allowed: {allowed}"))
   for name in ("mixup", "cutmix"):
-    _check("augment", not fields.get(name), name, fields.get(name), "0 with a second_view")
-  second = one_view("augment.second_view", **fields | second_view)
-  source = "image_2" if fields.get("cropped") else "image"
+    check(not fields.get(name), name, fields.get(name), "0 with a second_view")
+  second = one("augment.second_view", fields | second_view)
 
   def train(rng, batch):
-    if source not in batch:
-      raise ValueError(f"augment.second_view needs the host's {source!r}, not only {sorted(batch)}")
     first_key, second_key = jax.random.split(rng)
+    other = {"image": batch.get("image_2", batch["image"])}
     return {**first.train(first_key, batch),
-            "image_2": second.train(second_key, {"image": batch[source]})["image"]}
+            "image_2": second.train(second_key, other)["image"]}
 
   return first._replace(train=train)

@@ -7,11 +7,10 @@ share it. Small data is decoded once and gathered from memory; the rest is decod
 
 import functools
 import itertools
-import math
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,10 +20,11 @@ import numpy as np
 from absl import flags
 from rich.progress import track
 
-from input_pipeline import sources, text
+from input_pipeline import geometry, sources, text
 from input_pipeline.splits import with_parts
 
 CHOICES = {"on_error": ("raise", "skip"), "latents": sources.LATENTS}
+IMAGES = ("image", "image_2")  # of a batch, by view
 SHUFFLE, CROP, CROP_2, CAPTION, PERMUTE = range(5)  # the purposes of randomness
 
 
@@ -42,7 +42,6 @@ class Data(NamedTuple):
   train: Callable  # (start, stop, rows=None) -> iterator over the batches start .. stop - 1
   eval: Callable  # (split=None, batch_size, rows=None) -> iterator, each example once, in order;
   #                 "valid" (b,) is False on bad records and on rows that fill up the last batch
-  cropped: bool  # training images come cropped and resized to image_size, else at their own size
   spec: dict[str, jax.ShapeDtypeStruct]  # of the global training batch
   train_split: str
   eval_split: str | None
@@ -50,11 +49,9 @@ class Data(NamedTuple):
 
 
 def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int = 0,
-         image_size: int | tuple[int, int] | None = None, train_split: str = "train",
+         views: Sequence[geometry.View] = (geometry.View(),), train_split: str = "train",
          eval_split: str | None = None, cache_bytes: int = 2**30, workers: int = 0,
-         prefetch_batches: int = 2, repeats: int = 1, views: int = 1,
-         crop_area: tuple[float, float] | None = None,
-         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3), on_error: str = "raise",
+         prefetch_batches: int = 2, repeats: int = 1, on_error: str = "raise",
          latents: str | None = None,
          tokenizer: str | None = None, context: int = 64, vocab_size: int = 1024,
          lower_case: bool = False, eos_id: int | None = None, pad_id: int | None = None,
@@ -62,28 +59,26 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
          favour_share: float = 0.5, held_out: float = 0.05) -> Data:
   """Makes the batches of a source.
 
-  A split whose decoded images are all of one size and fit in `cache_bytes` is held in memory, its
-  images at their own size: the device crops and resizes. Any other is streamed, its images cropped
-  and resized to `image_size` here: at random in training if `crop_area` is set, else at the centre.
+  A split whose decoded images are all of one size and fit in `cache_bytes` is held in memory at
+  that size; any other is streamed. Both are cropped and resized here, to the same pixels.
 
   Args:
     source, data_dir: see `sources.open_source`.
     batch_size: of the global training batch, at most the number of training examples.
     seed: of the order, the crops and the choice of captions.
-    image_size: side or (h, w) in pixels; may be None if all images have one size.
+    views: how images are cut; a second one gives training batches "image_2". A size of None is
+      that of the images, if all have one. Latents are neither cropped nor resized.
     train_split, eval_split: a split, or a part of one such as "train[:99%]". The second is what
       `eval` reads if it is asked for no split; None = test, val or validation.
     cache_bytes: for the decoded images of one split; 0 = always stream.
     workers: processes that decode when streaming; 0 = threads of this process.
     repeats: times that an example is drawn in a row, augmented anew (1901.09335).
-    views: crops of each training image when streaming, 1 or 2; the second is "image_2".
     prefetch_batches: batches (when streaming: of each worker) made ahead.
-    crop_area, crop_ratio: see `random_box`.
     on_error: "raise" on a record that cannot be used, or "skip" it and warn: in training the next
       good one of the split stands in for it, in evaluation it is not valid. Bad rows of a metadata
       file are left out altogether.
     latents: where an autoencoder's arrays stand in the place of images, what they hold: "mean",
-      "mean_std" or "moments", see `sources.read_latent`. They are neither cropped nor resized.
+      "mean_std" or "moments", see `sources.read_latent`.
     tokenizer: "bytes", "bpe", which is trained on the captions of `train_split` (a spread of
       100,000 examples if there are more), or PATH.json; None = no text.
     context, vocab_size, lower_case, eos_id, pad_id, mask_token: see `text.make`.
@@ -114,16 +109,11 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
   _check_least("data.prefetch_batches", prefetch_batches, 1)
   height, width, channels = info.image_shape
   native = None if height is None or width is None else (height, width)
-  size = (image_size, image_size) if isinstance(image_size, int) else image_size or native
-  if size is None:
-    raise ValueError("augment.image_size=None, but the images are of several sizes: set it")
-  size = tuple(size)
-  if latents and (size != native or crop_area or views > 1):
+  views = _at_size(views, native)
+  if latents and (len(views) > 1 or any(
+      geometry.moves(views[0], *native, is_train) for is_train in (True, False))):
     raise ValueError(f"augment: the latents of {source!r} are {native[0]}x{native[1]} and are not "
                      "cropped or resized: set no other image_size, no crop_area, no second_view")
-  # The margin that centre crops leave is the counterpart of random crops, which enlarge things.
-  margin = 256 / 224 if crop_area else 1.0
-  centre = None if native == size else functools.partial(centre_box, size, margin)
 
   for field, value in {"tokenizer": tokenizer, "favour": favour}.items():
     if value is not None and "text" not in splits[train_split][0]:
@@ -145,11 +135,14 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     return bool(example) and info.num_examples[split] * example.size * example.dtype.itemsize <= (
       cache_bytes)
 
-  def parse(record, boxes=(None,)) -> dict[str, np.ndarray]:
-    """A record as arrays: its crops and label; and its captions. Raises sources.BadRecord."""
-    result = {"image": sources.read_latent(record, latents)} if latents else {
-      name: sources.decode(record, channels, size if box else None, box)
-      for name, box in zip(("image", "image_2"), boxes)}
+  def parse(record, looks=(), coarse=False) -> dict[str, np.ndarray]:
+    """A record as arrays: what is seen of it, or all; its label, captions. Raises BadRecord."""
+    if latents:
+      result = {"image": sources.read_latent(record, latents)}
+    elif looks and record["image"] is not None:
+      result = dict(zip(IMAGES, sources.decode_looks(record, channels, looks, coarse)))
+    else:
+      result = {"image": sources.decode(record, channels)}
     if "label" in record:
       result["label"] = np.int32(record["label"])
     if tokens and "text" in record:
@@ -161,7 +154,7 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     example = make_spec(1, native, channels, latents=latents)["image"]
     return load(splits[split], parse, split, example, on_error, tokens)
 
-  def read(split, numbers, batch_size, rows, index_of, boxes_of, is_train):
+  def read(split, numbers, batch_size, rows, index_of, looks_of, is_train):
     rows = np.arange(batch_size)[slice(None) if rows is None else rows]
 
     def finish(arrays, position):
@@ -184,8 +177,9 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
         position = number * batch_size + rows
         index = index_of(position)
         text_of = other[index] if is_train and other is not None else index
-        return finish({key: np.take(a, text_of if "captions" in key else index, axis=0)
-                       for key, a in arrays.items()}, position)
+        batch = {key: np.take(a, text_of if "captions" in key else index, axis=0)
+                 for key, a in arrays.items()}
+        return finish(see_all(batch, [*map(looks_of, position)]), position)
       return prefetch(map(gather, numbers), prefetch_batches)
 
     records = splits[split]
@@ -196,7 +190,7 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
       position = (numbers.start + number) * batch_size + rows[row]
       index = int(index_of(position))
       found, arrays = first_good(records, index, functools.partial(
-        parse, boxes=boxes_of(position)), on_error)
+        parse, looks=looks_of(position), coarse=is_train and native is None), on_error)
       if is_train and other is not None:
         arrays["captions"] = first_good(records, int(other[index]), parse, on_error)[1]["captions"]
       if "captions" in arrays:
@@ -220,12 +214,12 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
                     shuffled(position - before, n=n, seed=seed))
 
   def train(start: int, stop: int, rows=None) -> Iterator[dict[str, np.ndarray]]:
-    def boxes_of(position):
-      if not crop_area:
-        return [centre] * views
-      return [functools.partial(random_box, _generator(seed, purpose, position), crop_area,
-                                crop_ratio) for purpose in (CROP, CROP_2)[:views]]
-    return read(train_split, range(start, stop), batch_size, rows, pick, boxes_of, True)
+    def looks_of(position):
+      return [geometry.Look(functools.partial(
+        geometry.for_training, view, _generator(seed, purpose, position)), view.interpolation,
+        exact=False) for view, purpose in zip(views, (CROP, CROP_2))]
+    return read(train_split, range(start, stop), batch_size, rows, pick,
+                looks_of if cut else lambda position: (), True)
 
   def evaluate(split: str | None = None, batch_size: int = batch_size, rows=None):
     split = eval_split if split is None else split
@@ -233,12 +227,41 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     _check_least("batch_size", batch_size, 1)
     count = info.num_examples[split]
     return read(split, range(-(-count // batch_size)), batch_size, rows,
-                lambda position: np.where(position < count, position, 0), lambda _: [centre], False)
+                lambda position: np.where(position < count, position, 0),
+                lambda _: [centre] if _any_moves(views[:1], native, is_train=False) else (), False)
 
-  cropped = not is_cached(train_split)
-  spec = make_spec(batch_size, size if cropped else native, channels, info.num_classes, tokens,
-                   views if cropped else 1, latents)
-  return Data(info, train, evaluate, cropped, spec, train_split, eval_split, tokens)
+  centre = geometry.Look(functools.partial(geometry.for_evaluation, views[0]),
+                         views[0].interpolation)
+  cut = _any_moves(views, native, is_train=True)
+  spec = make_spec(batch_size, views[0].image_size, channels, info.num_classes, tokens,
+                   len(views) if cut else 1, latents)
+  return Data(info, train, evaluate, spec, train_split, eval_split, tokens)
+
+
+def _at_size(views: Sequence[geometry.View], native) -> list[geometry.View]:
+  """The views, with the images' own size where they say none."""
+  if native is None and any(view.image_size is None for view in views):
+    raise ValueError("augment.image_size=None, but the images are of several sizes: set it")
+  return [view._replace(image_size=view.image_size or native) for view in views]
+
+
+def _any_moves(views: Sequence[geometry.View], native, is_train: bool) -> bool:
+  """Whether any view is not of whole images as large as they are."""
+  return native is None or any(geometry.moves(view, *native, is_train) for view in views)
+
+
+def see_all(batch: dict[str, np.ndarray], looks: list) -> dict[str, np.ndarray]:
+  """A batch with what is seen of its images; nothing changes where there is nothing to look at."""
+  if not looks or not looks[0]:
+    return batch
+
+  def rows(part):
+    return [[geometry.see_array(batch["image"][i], look) for look in looks[i]] for i in part]
+
+  parts = [range(i, min(i + 8, len(looks))) for i in range(0, len(looks), 8)]
+  with ThreadPoolExecutor(os.cpu_count()) as pool:
+    seen = [*itertools.chain.from_iterable(pool.map(rows, parts))]
+  return batch | {name: np.stack(images) for name, images in zip(IMAGES, zip(*seen))}
 
 
 def make_spec(batch_size: int, size: tuple[int, int], channels: int, num_classes: int = 0,
@@ -247,7 +270,7 @@ def make_spec(batch_size: int, size: tuple[int, int], channels: int, num_classes
   """The shapes of a global training batch."""
   stored = channels * (2 if latents in ("mean_std", "moments") else 1)
   image = jax.ShapeDtypeStruct((batch_size, *size, stored), np.float32 if latents else np.uint8)
-  spec = dict.fromkeys(("image", "image_2")[:views], image)
+  spec = dict.fromkeys(IMAGES[:views], image)
   if num_classes:
     spec["label"] = jax.ShapeDtypeStruct((batch_size,), np.int32)
   if tokens:
@@ -283,7 +306,7 @@ def stand_in(source: str, batch_size: int, image_size=None, channels: int | None
   tokens = None if tokenizer is None else text.make(tokenizer, **text_options)
   spec = make_spec(batch_size, size, channels, num_classes, tokens, views, latents)
   info = sources.Info((*size, channels), num_classes, (), {"train": train_examples}, "")
-  return Data(info, None, None, True, spec, "train", None, tokens)
+  return Data(info, None, None, spec, "train", None, tokens)
 
 
 def _check_split(field: str, split: str, splits) -> None:
@@ -354,41 +377,6 @@ def find_favourites(captions: Iterable[tuple[str, ...]], pattern: str, share: fl
   if not len(found):
     raise ValueError(f"data.favour={pattern!r} matches no caption from its start")
   return found
-
-
-# Crops -------------------------------------------------------------------------------------------
-
-
-def random_box(rng: np.random.Generator, area: tuple[float, float], ratio: tuple[float, float],
-               height: int, width: int) -> tuple[int, int, int, int]:
-  """A random crop (top, left, height, width), as in torchvision's RandomResizedCrop.
-
-  Up to ten draws of a share of the image's area, uniform in `area`, and of an aspect ratio w/h,
-  log-uniform in `ratio`; the first that fits is placed uniformly. If none does, the largest centre
-  crop whose ratio is allowed.
-  """
-  for _ in range(10):
-    target = height * width * rng.uniform(*area)
-    aspect = math.exp(rng.uniform(*np.log(ratio)))
-    w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
-    if 0 < w <= width and 0 < h <= height:
-      return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-  w = min(width, max(1, round(height * ratio[1])))
-  h = min(height, max(1, round(width / ratio[0])))
-  return (height - h) // 2, (width - w) // 2, h, w
-
-
-def centre_box(size: tuple[int, int], margin: float, height: int,
-               width: int) -> tuple[float, float, float, float]:
-  """The crop (top, left, height, width) that resizing and then centre-cropping to `size` keeps.
-
-  Resized so that `size` times `margin` is just covered, sides rounded to whole pixels; then the
-  centre is cut out. Scaling this box to `size` gives the same pixels, to rounding, and no others.
-  """
-  scale = margin * max(size[0] / height, size[1] / width)
-  h, w = round(height * scale), round(width * scale)
-  top, left = round((h - size[0]) / 2), round((w - size[1]) / 2)
-  return (top * height / h, left * width / w, size[0] * height / h, size[1] * width / w)
 
 
 # Reading -----------------------------------------------------------------------------------------

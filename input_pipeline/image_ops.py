@@ -16,58 +16,6 @@ import numpy as np
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue
 
 
-def random_box(key, height, width, area, ratio, tries=10):
-  """A box as torchvision's RandomResizedCrop samples it: the first of ten tries that fits.
-
-  Args:
-    area: (low, high) share of the image, uniform. ratio: (low, high) width / height, log-uniform.
-  Returns:
-    float32 [4]: top, left, height, width in whole pixels; the largest central box if none fits.
-  """
-  area_key, ratio_key, place_key = jax.random.split(key, 3)
-  target = height * width * jax.random.uniform(area_key, (tries,), minval=area[0], maxval=area[1])
-  aspect = jnp.exp(jax.random.uniform(
-      ratio_key, (tries,), minval=math.log(ratio[0]), maxval=math.log(ratio[1])))
-  size = jnp.round(jnp.sqrt(jnp.stack([target / aspect, target * aspect], -1)))  # tries 2
-  limit = jnp.array([[height, width]], jnp.float32)
-  fits = jnp.all((size > 0) & (size <= limit), -1)
-  size = size[jnp.argmax(fits)]
-  place = jnp.floor(jax.random.uniform(place_key, (2,)) * (limit[0] - size + 1))
-  central = min(max(width / height, ratio[0]), ratio[1])
-  h, w = min(height, round(width / central)), min(width, round(height * central))
-  fallback = jnp.array([(height - h) // 2, (width - w) // 2, h, w], jnp.float32)
-  return jnp.where(fits.any(), jnp.concatenate([place, size]), fallback)
-
-
-def crop_resize(image, box, size, method="bicubic"):
-  """Resamples `box` (top, left, height, width; pixels, may be fractions) to `size`, antialiased."""
-  box = jnp.asarray(box, jnp.float32)
-  scale = jnp.array(size, jnp.float32) / box[2:]
-  image = jax.image.scale_and_translate(
-      image, (*size, image.shape[-1]), (0, 1), scale, -box[:2] * scale, method)
-  return jnp.clip(image, 0, 1)  # cubic and Lanczos overshoot
-
-
-def centre_resize(image, size, method="bicubic"):
-  """Resizes to cover `size` (short side first) and cuts the centre, in one resample."""
-  (h, w), (H, W) = image.shape[:2], size
-  if (h, w) == (H, W):
-    return image
-  scale = max(H / h, W / w)
-  box = ((h - H / scale) / 2, (w - W / scale) / 2, H / scale, W / scale)
-  return crop_resize(image, box, size, method)
-
-
-def padded_crop(key, image, size, padding, method="bicubic"):
-  """Short side to size, pad by reflection, cut at random: DeiT III's SRC (2204.07118, sec. 3.3)."""
-  (h, w), (H, W) = image.shape[:2], size
-  scale = max(H / h, W / w)
-  image = centre_resize(image, (round(h * scale), round(w * scale)), method)
-  image = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
-  top, left = jax.random.randint(key, (2,), 0, jnp.array(image.shape[:2]) - jnp.array(size) + 1)
-  return jax.lax.dynamic_slice(image, (top, left, 0), (H, W, image.shape[-1]))
-
-
 def affine_matrix(angle, shear_x, shear_y, move_x, move_y, scale=1.0):
   """Rotation (radians) @ shear (slopes) / scale, then a move (pixels): [3, 3].
 

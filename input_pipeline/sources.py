@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import zlib
 from collections import Counter
@@ -24,12 +25,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline import glyphs, text
-
-try:
-  import cykooz_resizer
-except ImportError:  # no wheel for this kind of machine
-  cykooz_resizer = None
+from input_pipeline import geometry, glyphs, text
 
 log = logging.getLogger("vitrine")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -37,8 +33,6 @@ SPLITS = ("train", "test", "val", "validation")  # the sub-folders that are spli
 ARRAYS = (".npy", ".npz")
 LATENTS = ("mean", "mean_std", "moments")  # what the channels of a stored latent are
 METADATA = ("metadata.csv", "metadata.jsonl")
-BICUBIC = Image.Resampling.BICUBIC
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name by number of channels
 
 
 class Info(NamedTuple):
@@ -113,15 +107,12 @@ def open_source(source: str, data_dir: str | None = None, on_error: str = "raise
                    f"tfds:PATH, folder:PATH, lines:PATH); {hint}")
 
 
-def decode(record: Mapping[str, Any], channels: int, size: tuple[int, int] | None = None,
-           box: Callable | None = None) -> np.ndarray:
-  """Decodes a record to uint8 (h, w, c); with `size`, a JPEG only as finely as the box needs.
+def decode(record: Mapping[str, Any], channels: int) -> np.ndarray:
+  """Decodes a record to uint8 (h, w, c).
 
   Args:
     record: {"image": encoded bytes or their file, "name": str}. None is one black pixel.
     channels: 1, 3 or 4; colours are converted, transparency is laid on white.
-    size: (h, w) in pixels to resize to (bicubic, antialiased); None keeps the size.
-    box: maps the image's (h, w) to the (top, left, height, width) that is resized; None = all.
 
   Raises:
     BadRecord: the record cannot be decoded; names it. Pillow's limit on pixels stays on.
@@ -129,22 +120,43 @@ def decode(record: Mapping[str, Any], channels: int, size: tuple[int, int] | Non
   if record["image"] is None:
     return np.zeros((1, 1, channels), np.uint8)
   with _opened(record) as image:
+    return _array(_converted(_jpeg(image, (0, 0)), channels), channels)
+
+
+def decode_looks(record: Mapping[str, Any], channels: int, looks: Sequence[geometry.Look],
+                 coarse: bool = False) -> list[np.ndarray]:
+  """Decodes a record once, for what each look sees of it: uint8 (h, w, c).
+
+  With `coarse`, a JPEG is decoded only as finely as the looks need: at 1/2, 1/4 or 1/8 while each
+  box stays at least as large as what it is resized to. Raises as `decode`.
+  """
+  with _opened(record) as image:
     full_w, full_h = image.size
-    top, left, height, width = box(full_h, full_w) if box else (0, 0, full_h, full_w)
-    if size:  # JPEG at 1/2, 1/4 or 1/8, while the box stays at least as large as `size`
-      drafted = image.draft(None, (-(-full_w * size[1] // width), -(-full_h * size[0] // height)))
+    cuts = [look.cut(full_h, full_w) for look in looks]
+    drafted = None
+    if coarse:
+      drafted = image.draft(None, (max(math.ceil(full_w * cut.size[1] / cut.box[3]) for cut in cuts),
+                                   max(math.ceil(full_h * cut.size[0] / cut.box[2]) for cut in cuts)
+                                   ))
     image = _jpeg(image, image.size if image.size != (full_w, full_h) else (0, 0))
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
-      image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if channels < 4 and image.has_transparency_data:
-      image = image.convert("RGBA")
-      image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode != MODES[channels]:
-      image = image.convert(MODES[channels])
-    if size:
-      scale = drafted[1][2] / full_w if drafted else 1  # exact; the sides are rounded up
-      image = _resize(image, size, *(side * scale for side in (top, left, height, width)))
-    return np.asarray(image).reshape(image.height, image.width, channels)
+    image = _converted(image, channels)
+    scale = drafted[1][2] / full_w if drafted else 1  # exact; the sides are rounded up
+    return [_array(geometry.see(image, cut, look.interpolation, look.exact, scale), channels)
+            for cut, look in zip(cuts, looks)]
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+  if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  if channels < 4 and image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  return image if image.mode == geometry.MODES[channels] else image.convert(geometry.MODES[channels])
+
+
+def _array(pixels: Any, channels: int) -> np.ndarray:
+  pixels = np.asarray(pixels)
+  return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _jpeg(image: Image.Image, least: tuple[int, int]) -> Image.Image:
@@ -160,20 +172,6 @@ def _jpeg(image: Image.Image, least: tuple[int, int]) -> Image.Image:
       image.fp.read(), min_width=least[0], min_height=least[1]))
   except ValueError:
     return image
-
-
-def _resize(image: Image.Image, size: tuple[int, int], top: float, left: float, height: float,
-            width: float) -> Image.Image:
-  """A box of the image at `size`, by Pillow's bicubic filter: to rounding, in 1/4 of its time."""
-  if cykooz_resizer is None or image.mode == "RGBA":
-    return image.resize(size[::-1], BICUBIC, box=(left, top, left + width, top + height))
-  box = cykooz_resizer.CropBox(
-    left, top, min(width, image.width - left), min(height, image.height - top))
-  bicubic = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)
-  result = Image.new(image.mode, size[::-1])
-  cykooz_resizer.Resizer().resize_pil(
-    image, result, cykooz_resizer.ResizeOptions(bicubic, crop_box=box))
-  return result
 
 
 @contextlib.contextmanager

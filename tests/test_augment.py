@@ -1,4 +1,4 @@
-"""Device augmentation against Pillow, colorsys and NumPy; recipes on one device and on eight."""
+"""Augmentation on the device against Pillow, colorsys and NumPy; recipes on one device and on eight."""
 
 import collections
 import colorsys
@@ -34,65 +34,6 @@ def per_plane(image, apply):
   """Applies a Pillow function in float mode "F" to each channel: no rounding in the reference."""
   return np.stack([np.asarray(apply(Image.fromarray(np.float32(image[..., i]) / 255)))
                    for i in range(image.shape[-1])], -1)
-
-
-def test_random_box_has_torchvisions_law():
-  h, w, area, ratio = 60, 90, (0.1, 0.5), (0.5, 2.0)
-  sample = jax.vmap(lambda key: image_ops.random_box(key, h, w, area, ratio))
-  top, left, height, width = np.asarray(sample(jax.random.split(jax.random.key(0), 4000))).T
-  assert (top >= 0).all() and (left >= 0).all()
-  assert (top + height <= h).all() and (left + width <= w).all()
-  assert {*np.unique(top[height == 30])} >= {0, 30}  # both ends are reached
-  rng, expected = np.random.default_rng(0), []
-  while len(expected) < 4000:  # the same law by rejection; ten tries all but always hold a fit
-    share, aspect = rng.uniform(*area), np.exp(rng.uniform(*np.log(ratio)))
-    size = round(np.sqrt(h * w * share / aspect)), round(np.sqrt(h * w * share * aspect))
-    if size[0] <= h and size[1] <= w:
-      expected.append(size)
-  # 4,000 draws: the standard error of these quantiles is below 0.6 pixels.
-  np.testing.assert_allclose(np.quantile(np.stack([height, width], -1), [0.1, 0.5, 0.9], 0),
-                             np.quantile(expected, [0.1, 0.5, 0.9], 0), atol=2.5)
-
-
-@pytest.mark.parametrize("ratio, box", [((4, 5), [11, 0, 8, 30]), ((0.1, 0.2), [0, 12, 30, 6])])
-def test_random_box_falls_back_to_the_centre(ratio, box):
-  got = image_ops.random_box(jax.random.key(1), 30, 30, (1.0, 1.0), ratio)
-  chex.assert_trees_all_equal(got, jnp.array(box, jnp.float32))
-
-
-@pytest.mark.parametrize("method, pillow", [
-    ("linear", Image.BILINEAR), ("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC),
-    ("lanczos3", Image.LANCZOS)])
-@pytest.mark.parametrize("size", [(16, 12), (50, 64)])
-def test_crop_resize_is_pillows(method, pillow, size):
-  image, (top, left, h, w) = photo(), (4, 7, 25, 21)
-  want = per_plane(image, lambda x: x.resize(size[::-1], pillow, (left, top, left + w, top + h)))
-  got = image_ops.crop_resize(to_float(image), (top, left, h, w), size, method)
-  np.testing.assert_allclose(got, np.clip(want, 0, 1), atol=1e-4)  # float32 on both sides
-
-
-def test_eval_resizes_the_short_side_and_cuts_the_centre():
-  image = photo(40, 60)
-  want = per_plane(image, lambda x: x.resize((20, 20), Image.BICUBIC, (10, 0, 50, 40)))
-  recipe = augment.make(image_size=20, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), flip=True)
-  got = recipe.eval({"image": jnp.asarray(image[None]), "valid": jnp.array([True])})
-  want = (np.clip(want, 0, 1) - [0.1, 0.2, 0.3]) / [0.5, 0.25, 2.0]
-  np.testing.assert_allclose(got["image"][0], want, atol=5e-4)
-  assert got["valid"].all()
-
-
-def test_padded_crop_is_a_window_of_the_reflected_image():
-  image = photo(12, 12)
-  padded = np.pad(image, ((3, 3), (3, 3), (0, 0)), mode="reflect") / 255
-  windows = np.lib.stride_tricks.sliding_window_view(padded, (12, 12), (0, 1))  # i j c 12 12
-  windows = windows.transpose(0, 1, 3, 4, 2)
-  found = set()
-  for key in jax.random.split(jax.random.key(0), 40):
-    got = np.asarray(image_ops.padded_crop(key, to_float(image), (12, 12), 3))
-    place = np.argwhere(np.abs(windows - got).max((2, 3, 4)) < 1e-6)
-    assert len(place) == 1
-    found.add(tuple(place[0]))
-  assert len(found) > 20 and np.min([*found]) == 0 and np.max([*found]) == 6
 
 
 def numpy_warp(image, matrix, fill):
@@ -522,13 +463,13 @@ EVERYTHING = dict(
     jitter_prob=0.8, grayscale=0.2, blur=0.5, solarize=0.2, randaugment=(2, 9), erase=0.5,
     mixup=0.2, cutmix=1.0)
 TWO_VIEWS = dict(
-    image_size=(20, 16), crop_area=(0.2, 1.0), interpolation="linear",
+    image_size=(20, 16), affine=dict(degrees=10, translate=0.1), interpolation="linear",
     color_jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, grayscale=0.2, blur=1.0, flip=True,
     second_view=dict(blur=0.1, solarize=0.2))
 
 
 def test_everything_at_once_on_four_channels():
-  out = jax.jit(augment.make(**EVERYTHING).train)(jax.random.key(0), batch_of(4, c=4))
+  out = jax.jit(augment.make(**EVERYTHING).train)(jax.random.key(0), batch_of(4, 20, 16, 4))
   chex.assert_shape(out["image"], (4, 20, 16, 4))
   chex.assert_type(out["image"], jnp.float32)
   chex.assert_tree_all_finite(out["image"])
@@ -537,7 +478,7 @@ def test_everything_at_once_on_four_channels():
 
 @pytest.mark.parametrize("options, channels, share", [(TWO_VIEWS, 3, 0), (EVERYTHING, 1, 0.01)])
 def test_eight_devices_as_one_in_one_trace(options, channels, share):
-  batch = batch_of(16, c=channels)
+  batch = batch_of(16, 20, 16, channels)
   sharding = jax.sharding.NamedSharding(
       jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
       jax.sharding.PartitionSpec("data"))
@@ -560,7 +501,7 @@ def test_eight_devices_as_one_in_one_trace(options, channels, share):
     EVERYTHING | dict(mixup=0.0, cutmix=0.0), TWO_VIEWS,
     EVERYTHING | dict(mixup=0.0, cutmix=0.0, randaugment="rand-m9-mstd0.5-inc1")])
 def test_an_example_depends_on_its_place_and_key_only(options):
-  batch = batch_of(16)
+  batch = batch_of(16, 20, 16)
   train = jax.jit(augment.make(**options).train)
   first = train(jax.random.key(0), batch)
   swapped = {**batch, "image": np.concatenate([batch["image"][:1], batch["image"][:0:-1]])}
@@ -600,24 +541,22 @@ def test_flip_mirrors_half_and_nothing_else():
   assert (same ^ mirrored).all() and 65 < same.sum() < 135
 
 
-def test_cropped_by_the_host_is_only_normalised():
-  batch, recipe = batch_of(3), augment.make(image_size=24, cropped=True)
-  out = recipe.train(jax.random.key(0), batch)
-  np.testing.assert_allclose(out["image"], batch["image"] / 127.5 - 1, atol=1e-6)
-  with pytest.raises(ValueError, match=r"augment\.cropped.*\(24, 20\)"):
+def test_images_that_are_cut_are_only_normalised():
+  batch, recipe = batch_of(3), augment.make(image_size=24, crop_area=(0.2, 1.0))
+  for out in (recipe.train(jax.random.key(0), batch), recipe.eval(batch)):
+    np.testing.assert_allclose(out["image"], batch["image"] / 127.5 - 1, atol=1e-6)
+  with pytest.raises(ValueError, match=r"\(24, 20\), not cut to augment\.image_size = \(24, 24\)"):
     recipe.train(jax.random.key(0), batch_of(2, 24, 20))
 
 
-def test_two_crops_by_the_host_become_the_two_views():
-  batch, recipe = batch_of(3), augment.make(image_size=24, cropped=True, second_view={})
+def test_two_cuts_become_the_two_views():
+  batch, recipe = batch_of(3), augment.make(image_size=24, second_view={})
   batch["image_2"] = batch["image"][::-1].copy()
   out = recipe.train(jax.random.key(0), batch)
   for name in ("image", "image_2"):
     np.testing.assert_allclose(out[name], batch[name] / 127.5 - 1, atol=1e-6)
   kept = recipe.eval(batch)["image_2"]
   chex.assert_trees_all_equal(kept, batch["image_2"])
-  with pytest.raises(ValueError, match=r"augment\.second_view.*'image_2', not only \['image', 'l"):
-    recipe.train(jax.random.key(0), batch_of(2))
 
 
 def test_the_config_section_is_checked():
@@ -633,7 +572,12 @@ def test_the_config_section_is_checked():
     (dict(std=(0.5, 0.0)), r"augment\.std"),
     (dict(crop_area=(0.0, 1.0)), r"augment\.crop_area = \(0\.0, 1\.0\).*0 < low"),
     (dict(crop_area=0.5), r"augment\.crop_area = 0\.5"),
-    (dict(crop_area=(0.1, 1), cropped=True), r"augment\.crop_area.*only one"),
+    (dict(crop_area=(0.1, 1), crop_padding=4), r"augment\.crop_area.*only one"),
+    (dict(crop_padding=4, train_crop="random"), r"augment\.crop_area.*only one"),
+    (dict(train_crop="center"), r"augment\.train_crop = 'center'.*did you mean 'centre'"),
+    (dict(eval_crop=0.0), r"augment\.eval_crop = 0\.0: must be a share in \(0, 1\] or 'squash'"),
+    (dict(eval_crop="squish"), r"augment\.eval_crop = 'squish'.*did you mean 'squash'"),
+    (dict(second_view=dict(crop_area=2)), r"augment\.second_view\.crop_area = 2"),
     (dict(crop_ratio=(2, 1)), r"augment\.crop_ratio"),
     (dict(crop_padding=-1), r"augment\.crop_padding = -1"),
     (dict(interpolation="bicubik"), r"augment\.interpolation = 'bicubik'.*did you mean 'bicubic'"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import batches, sources
+from input_pipeline import batches, geometry, sources
 
 N = 23
 
@@ -37,9 +37,13 @@ def uniform(folders, **options):
   return batches.make(f"folder:{folders}/uniform", **{"batch_size": 5, **options})
 
 
+def views(**fields):
+  return geometry.views(fields)
+
+
 def mixed(folders, **options):
   return batches.make(f"folder:{folders}/mixed", **{
-    "batch_size": 5, "image_size": (16, 12), "crop_area": (0.2, 1.0), **options})
+    "batch_size": 5, "views": views(image_size=(16, 12), crop_area=(0.2, 1.0)), **options})
 
 
 def numbers(batch):
@@ -90,7 +94,6 @@ def test_a_batch_does_not_depend_on_where_reading_began(folders, make):
 @pytest.mark.parametrize("make, shape", [(uniform, (8, 6, 3)), (mixed, (16, 12, 3))])
 def test_spec_is_that_of_the_batches(folders, make, shape):
   data = make(folders)
-  assert data.cropped == (make is mixed)
   assert data.spec["image"].shape == (5, *shape)
   for key, value in next(data.train(0, 1)).items():
     assert data.spec[key] == jax.ShapeDtypeStruct(value.shape, value.dtype)
@@ -110,59 +113,13 @@ def test_eval_reads_every_example_once_and_marks_padding(folders, cache_bytes, r
     chex.assert_shape(parts[0][-1]["image"], (8 // readers, 8, 6, 3))
 
 
-@pytest.mark.parametrize("crop_area, margin", [((0.2, 1.0), 256 / 224), (None, 1)])
-def test_streamed_eval_images_are_resized_then_cropped(folders, crop_area, margin):
-  data = mixed(folders, crop_area=crop_area)
-  images = np.concatenate([b["image"][b["valid"]] for b in data.eval("test", 5)])
-  files = sorted((folders / "mixed/test").rglob("*.jpg"))
-  errors = []
-  for image, file in zip(images, files, strict=True):
-    whole = Image.open(file)
-    scale = margin * max(16 / whole.height, 12 / whole.width)
-    w, h = round(whole.width * scale), round(whole.height * scale)
-    left, top = round((w - 12) / 2), round((h - 16) / 2)
-    expected = whole.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + 12, top + 16))
-    # Here a JPEG is decoded at a fraction of its size, in the expectation at its own.
-    errors.append(np.abs(image - np.asarray(expected, np.float64)).mean())
-  assert max(errors) < 4, errors
-
-
-def test_centre_box_is_resize_then_crop_to_the_pixel():
-  array = np.random.default_rng(0).integers(64, 192, (75, 50, 3), np.uint8)  # nothing saturates
-  file = io.BytesIO()
-  Image.fromarray(array).save(file, "png")
-  image = sources.decode({"image": file.getvalue(), "name": ""}, 3, (28, 28),
-                 functools.partial(batches.centre_box, (28, 28), 256 / 224))
-  resized = np.asarray(Image.fromarray(array).resize((32, 48), Image.Resampling.BICUBIC))
-  np.testing.assert_allclose(image, resized[10:38, 2:30], atol=1)
-
-
 def test_training_without_crop_area_is_the_centre(folders):
-  data = mixed(folders, crop_area=None)
-  images = {b["image"][i].tobytes() for b in data.train(0, 12) for i in range(5)}
-  assert images == {i.tobytes() for b in data.eval("train", 5) for i in b["image"]}
-
-
-def test_random_boxes_have_the_area_and_ratio_asked_for():
-  area, ratio, h, w = (0.1, 0.5), (1 / 2, 2.0), 600, 600
-  boxes = np.array([batches.random_box(np.random.default_rng(i), area, ratio, h, w)
-                    for i in range(2000)], np.float64)
-  top, left, bh, bw = boxes.T
-  assert (top >= 0).all() and (top + bh <= h).all() and (left >= 0).all() and (left + bw <= w).all()
-  share, aspect = bh * bw / (h * w), np.log(bw / bh) / math.log(2)
-  # Nearly every first draw fits in a square at these areas: uniform, and log-uniform.
-  np.testing.assert_allclose(np.quantile(share, [0, 0.5, 1]), [0.1, 0.3, 0.5], atol=0.02)
-  np.testing.assert_allclose(np.quantile(aspect, [0.25, 0.5, 0.75]), [-0.5, 0, 0.5], atol=0.06)
-  free = bh < 400
-  np.testing.assert_allclose((top / (h - bh))[free].mean(), 0.5, atol=0.02)
-
-
-@pytest.mark.parametrize("shape, expected", [
-  ((100, 1000), (0, 433, 100, 133)), ((1000, 100), (433, 0, 133, 100)),
-  ((90, 100), (0, 0, 90, 100))])
-def test_when_no_box_fits_the_largest_allowed_is_centred(shape, expected):
-  rng = np.random.default_rng(0)
-  assert batches.random_box(rng, (4.0, 4.0), (3 / 4, 4 / 3), *shape) == expected
+  data = mixed(folders, cache_bytes=0, views=views(image_size=(16, 12)))
+  images = np.concatenate([b["image"] for b in data.train(0, 12)]).astype(float)
+  centres = np.concatenate([b["image"][b["valid"]] for b in data.eval("train", 5)])
+  # JPEGs of many sizes are decoded for training at a fraction of their size.
+  errors = np.abs(images[:, None] - centres[None]).mean((2, 3, 4))
+  assert errors.min(1).max() < 4 and {*errors.argmin(1)} == {*range(N)}
 
 
 @pytest.mark.parametrize("options, match", [
@@ -183,7 +140,7 @@ def test_eval_names_an_unknown_split(folders):
 
 def test_several_sizes_need_an_image_size(folders):
   with pytest.raises(ValueError, match="augment.image_size=None"):
-    mixed(folders, image_size=None)
+    mixed(folders, views=views(crop_area=(0.2, 1.0)))
 
 
 @pytest.mark.parametrize("options", [
@@ -229,7 +186,8 @@ def captioned(tmp_path_factory):
 
 def paired(captioned, kind="uniform", **options):
   return batches.make(f"folder:{captioned}/{kind}", **{
-    "batch_size": 5, "image_size": (8, 6), "tokenizer": "bytes", "context": 24, **options})
+    "batch_size": 5, "views": views(image_size=(8, 6)), "tokenizer": "bytes", "context": 24,
+    **options})
 
 
 def spelt(ids):
@@ -279,7 +237,8 @@ def test_text_follows_from_seed_and_position(captioned, kind):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_change_nothing(captioned, workers):
-  make = functools.partial(paired, captioned, "mixed", crop_area=(0.2, 1.0), image_size=(16, 12))
+  make = functools.partial(paired, captioned, "mixed",
+                           views=views(crop_area=(0.2, 1.0), image_size=(16, 12)))
   chex.assert_trees_all_equal(list(make().train(3, 9)), list(make(workers=workers).train(3, 9)))
 
 
@@ -391,7 +350,8 @@ def damaged(captioned, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}, {"cache_bytes": 0, "workers": 1}])
 def test_bad_records_are_skipped_and_counted(captioned, damaged, options, caplog):
   make = functools.partial(
-    batches.make, batch_size=5, tokenizer="bytes", context=24, image_size=(8, 6))
+    batches.make, batch_size=5, tokenizer="bytes", context=24,
+    views=views(image_size=(8, 6)))
   data = make(f"folder:{damaged}", on_error="skip", **options)
   sound = make(f"folder:{captioned}/uniform")
   stands_in = {3: 5, 4: 5, 22: 0}  # the next that is good, around the end
@@ -430,7 +390,7 @@ def test_bad_records_are_an_error_by_default(damaged):
 @pytest.mark.parametrize("cache_bytes", [0, 2**30])
 def test_when_all_records_are_bad_it_is_an_error(damaged, cache_bytes):
   data = batches.make(f"folder:{damaged}", batch_size=5, on_error="skip", cache_bytes=cache_bytes,
-                      image_size=(8, 6))
+                      views=views(image_size=(8, 6)))
   for path in (damaged / "train").glob("*.png"):
     path.write_bytes(b"")
   with pytest.raises(ValueError, match="no record of the split can be read: cannot decode"):
@@ -441,7 +401,6 @@ def test_glyphs_from_memory_are_glyphs_from_disk(tmp_path):
   make = functools.partial(batches.make, "glyphs/digits_16", data_dir=str(tmp_path), batch_size=50)
   cached, streamed = make(), make(cache_bytes=0)
   assert cached.info.image_shape == (16, 16, 1) and cached.info.num_classes == 10
-  assert (cached.cropped, streamed.cropped) == (False, True)
   chex.assert_trees_all_equal(list(cached.train(7, 10)), list(streamed.train(7, 10)))
   chex.assert_trees_all_equal(list(cached.eval()), list(streamed.eval()))
   assert sum(b["valid"].sum() for b in cached.eval("test", 64)) == 100

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import compare
 from benchmarks import input as benchmark
-from input_pipeline import sources
+from input_pipeline import geometry, sources
 
 
 @pytest.mark.parametrize("side", benchmark.OURS)
@@ -118,8 +118,9 @@ def test_colour_jpegs_have_pillows_pixels(monkeypatch, shape, options):
   drafted.draft(None, size[::-1])
   # A box of the drafted image's own size: resizing is the identity, if sides are multiples of it.
   if not any(side % 4 for side in shape):
-    np.testing.assert_array_equal(sources.decode({"image": data, "name": ""}, 3, size),
-                                  np.asarray(drafted))
+    look = geometry.Look(lambda h, w: geometry.Cut((0, 0, h, w), size), "bicubic")
+    seen, = sources.decode_looks({"image": data, "name": ""}, 3, [look], coarse=True)
+    np.testing.assert_array_equal(seen, np.asarray(drafted))
 
 
 def test_a_jpeg_with_a_fault_is_pillows_to_judge():
@@ -138,9 +139,10 @@ def test_resizing_is_pillows_to_rounding(monkeypatch, channels, box):
   data = io.BytesIO()
   Image.fromarray(array).save(data, "png")
   made = []
-  for module in (sources.cykooz_resizer, None):
-    monkeypatch.setattr(sources, "cykooz_resizer", module)
-    made.append(sources.decode({"image": data.getvalue(), "name": ""}, channels, (28, 33),
-                               lambda *_: box).astype(int))
+  look = geometry.Look(lambda *_: geometry.Cut(box, (28, 33)), "bicubic", exact=False)
+  for module in (geometry.cykooz_resizer, None):
+    monkeypatch.setattr(geometry, "cykooz_resizer", module)
+    seen, = sources.decode_looks({"image": data.getvalue(), "name": ""}, channels, [look])
+    made.append(seen.astype(int))
   assert abs(made[0] - made[1]).max() <= 2 and abs((made[0] - made[1]).mean()) < 0.05
   assert made[0].std() > 5

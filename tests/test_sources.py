@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline import sources
+from input_pipeline import geometry, sources
 from input_pipeline.sources import open_source
 
 
@@ -288,10 +288,15 @@ def test_decode_scales_16_bits_and_lays_transparency_on_white():
   np.testing.assert_allclose(image, array[..., :3] * alpha + 255 * (1 - alpha), atol=1.5)
 
 
+def seen(record, channels, box, size, coarse=False, **options):
+  look = geometry.Look(lambda h, w: geometry.Cut(box, size), "bicubic", **options)
+  return sources.decode_looks(record, channels, [look], coarse)[0]
+
+
 def test_decode_box_and_size_are_pillows_crop_and_resize():
   array = noise(40, 50, 3)
   record = {"image": encoded(array), "name": ""}
-  image = sources.decode(record, 3, (8, 9), lambda h, w: (h // 4, w // 5, 20, 27))
+  image = seen(record, 3, (40 // 4, 50 // 5, 20, 27), (8, 9), exact=False)
   crop = Image.fromarray(array[10:30, 10:37]).resize((9, 8), Image.Resampling.BICUBIC)
   # The filter may look past the box's edge, where a crop repeats nothing: compare the inside.
   np.testing.assert_allclose(image[2:-2, 2:-2], np.asarray(crop)[2:-2, 2:-2], atol=1)
@@ -301,10 +306,10 @@ def test_jpeg_draft_keeps_the_picture(monkeypatch):
   y, x = np.mgrid[:800, :1000]
   array = np.stack([127 + 100 * np.sin(x / 60), 127 + 100 * np.cos(y / 45), (x + y) / 8], -1)
   record = {"image": encoded(array.astype(np.uint8), "jpeg", quality=95), "name": ""}
-  decoded, resize = [], sources._resize
-  monkeypatch.setattr(sources, "_resize",
+  decoded, resize = [], geometry._resize
+  monkeypatch.setattr(geometry, "_resize",
                       lambda image, *a: decoded.append(image.size) or resize(image, *a))
-  image = sources.decode(record, 3, (96, 96), lambda h, w: (100, 200, 500, 600))
+  image = seen(record, 3, (100, 200, 500, 600), (96, 96), coarse=True, exact=False)
   assert decoded == [(250, 200)]  # a quarter: 500 x 600 becomes 125 x 150, still >= 96
   whole = Image.fromarray(array.astype(np.uint8)).crop((200, 100, 800, 600))
   np.testing.assert_allclose(image, np.asarray(whole.resize((96, 96), Image.Resampling.BICUBIC)),

@@ -246,7 +246,9 @@ class Run(NamedTuple):
   extra: Any
   step: int
   predict: Callable  # (name, batch, rng=None) -> NumPy; batch["image"] as `preprocess` gives it
-  preprocess: Callable  # uint8 images [b, h, w, c] -> float32, resized and normalised
+  preprocess: Callable  # uint8 images [b, h, w, c], or a list of sizes -> float32, cut as
+  #                       evaluation cuts, and normalised
+  normalise: Callable  # uint8 images that are cut already, as of `data.eval` -> float32
   tokenize: Callable | None  # texts -> int32 [n, l]; None if the run has none
   detokenize: Callable | None  # int [l], one row -> its text
 
@@ -260,7 +262,10 @@ def load_config(workdir) -> ConfigDict:
   if not path.exists():
     raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
   defaults = recipe.find_module("configs", "base", "").get_base().to_dict()
-  return ConfigDict({**defaults, **json.loads(path.read_text())})
+  config = {**defaults, **json.loads(path.read_text())}
+  if config["augment"].get("crop_area") and "eval_crop" not in config["augment"]:
+    config["augment"]["eval_crop"] = 0.875  # what went with random crops, before it was a field
+  return ConfigDict(config)
 
 
 def load_run(workdir, step: int | None = None) -> Run:
@@ -300,15 +305,21 @@ def load_run(workdir, step: int | None = None) -> Run:
   extra = with_statistics(method, items.get("extra") or {}, items.get("ema_statistics"))
   predict = make_predict(method, lambda: (params, extra))
 
-  def preprocess(images):
+  def normalise(images):
     return np.asarray(augment.eval({"image": jnp.asarray(images)})["image"])
+
+  def preprocess(images):
+    if config.data.get("latents"):
+      return normalise(images)
+    geometry = recipe.find_module("input_pipeline", "geometry", "")
+    return normalise(geometry.evaluation_pixels(recipe.make_views(config)[0], images))
 
   tokenizer, path = None, epath.Path(workdir) / TOKENIZER
   if path.exists():
     tokenizers = recipe.find_module("input_pipeline", "batches", "").text
     tokenizer = tokenizers.from_json(path.read_text())
     config.data.tokenizer = str(path)  # other captions would give another one
-  return Run(config, method, params, extra, step, predict, preprocess,
+  return Run(config, method, params, extra, step, predict, preprocess, normalise,
              tokenizer and tokenizer.encode, tokenizer and tokenizer.decode)
 
 

@@ -231,6 +231,8 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
     if h is None:
       raise ValueError("config.augment.image_size: the images differ in size, so say which to use")
     config.augment.image_size = (h, w)
+  if not config.data.get("latents"):  # said of every run, as its default may change
+    config.augment.eval_crop = config.augment.get("eval_crop") or 1.0
   model = config.model
   size = model.get("image_size") or config.augment.image_size
   model.image_size = (size, size) if isinstance(size, int) else tuple(size)
@@ -251,14 +253,17 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   return config
 
 
-def make_augment(config: ConfigDict, cropped: bool = False):
-  """Device augmentation; `cropped` where the host has cropped training images already."""
-  section = {name: value for name, value in config.augment.to_dict().items()
-             if not (cropped and name in ("crop_area", "crop_ratio"))}
+def make_augment(config: ConfigDict):
+  """What the device does with images that the views cut."""
   latents = config.data.get("latents")
   module = find_module("input_pipeline", "latents" if latents else "augment", "")
-  return call(module.make, section, "augment", cropped=cropped, latents=latents,
+  return call(module.make, config.augment, "augment", latents=latents,
               batch_size=config.data.get("batch_size"))
+
+
+def make_views(config: ConfigDict) -> tuple:
+  """How the host cuts images: `geometry.View`s."""
+  return find_module("input_pipeline", "geometry", "").views(config.augment.to_dict())
 
 
 def make_model(config: ConfigDict):
@@ -279,12 +284,9 @@ def make_method(config: ConfigDict):
 
 
 def make_data(config: ConfigDict, data_dir: str | None):
-  """The input pipeline; a random crop in config.augment is passed on, for sets that stream."""
-  crop = {key: config.augment[key] for key in ("image_size", "crop_area", "crop_ratio")
-          if config.augment.get(key) is not None}
+  """The input pipeline, with the cuts of config.augment."""
   return call(find_module("input_pipeline", "batches", "").make, config.data, "data",
-              data_dir=data_dir, seed=config.seed, **crop,
-              views=1 if config.augment.get("second_view") is None else 2)
+              data_dir=data_dir, seed=config.seed, views=make_views(config))
 
 
 def stand_in(config: ConfigDict):
@@ -293,7 +295,7 @@ def stand_in(config: ConfigDict):
   return find_module("input_pipeline", "batches", "").stand_in(
     config.data.source, config.data.batch_size, config.augment.get("image_size"),
     model.get("channels") or (len(mean) if isinstance(mean, (tuple, list)) else None),
-    model.get("num_classes") or 0, views=1 if config.augment.get("second_view") is None else 2,
+    model.get("num_classes") or 0, views=len(make_views(config)),
     **{name: config.data[name] for name in ("latents", "tokenizer", "mask_token", *FROM_TEXT)
        if name in config.data})
 
@@ -352,7 +354,7 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   data = make_data(config, data_dir) if data is None else data
   train_size = data.info.num_examples[data.train_split]
   config = fill_from_data(config, data.info, train_size, data.tokenizer)
-  augment = make_augment(config, data.cropped)
+  augment = make_augment(config)
   method = make_method(config)
   batch_size = config.data.batch_size
   sharding.check_batch(batch_size, config.accumulate, mesh)

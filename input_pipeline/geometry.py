@@ -1,0 +1,232 @@
+"""What of an image is seen, and at which size: random crops, and the cut that evaluation makes.
+
+Everything is cut here, on the host, whether images come from memory, from files or from a notebook,
+so that the same settings always give the same pixels. Which box is drawn follows from the random
+generator that the caller gives, one for each (seed, position) of a run.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+try:
+  import cykooz_resizer
+except ImportError:  # no wheel for this kind of machine
+  cykooz_resizer = None
+
+FILTERS = {name: (getattr(Image.Resampling, pillow), fast) for name, pillow, fast in (
+  ("linear", "BILINEAR", "bilinear"), ("bilinear", "BILINEAR", "bilinear"),
+  ("bicubic", "BICUBIC", "catmull_rom"), ("lanczos3", "LANCZOS", "lanczos3"))}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name by number of channels
+TRAIN_CROPS = ("centre", "random", "squash")
+
+
+class View(NamedTuple):
+  """How one view of an image is cut; fields of `config.augment`. Filters are antialiased.
+
+  In training at most one of crop_area, crop_padding and train_crop is set. Published recipes:
+  evaluation's 0.875 is a side resized to 256 and 224 pixels of it (torchvision's references); a
+  random square of the resized image is CLIP's (2103.00020 sec. 2.4).
+  """
+  image_size: int | tuple[int, int] | None = None  # pixels, or (height, width); None is the data's
+  crop_area: tuple | None = None  # (low, high) share in (0, 1] of a random resized crop, see `draw`
+  crop_ratio: tuple = (3 / 4, 4 / 3)  # (low, high) width / height of that crop
+  crop_padding: int | None = None  # pixels: resize to cover, pad by reflection, cut at random
+  #                                  (DeiT III's SRC, 2204.07118 sec. 3.3)
+  train_crop: str = "centre"  # or, once resized to cover: "random"; "squash" both sides to the size
+  eval_crop: float | str = 1.0  # share in (0, 1] that is kept of the covered size; or "squash"
+  interpolation: str = "bicubic"  # or "linear" (also "bilinear"), "lanczos3"
+
+
+class Cut(NamedTuple):
+  """A box of an image, and what becomes of it."""
+  box: tuple[float, float, float, float]  # top, left, height, width in pixels, maybe fractions
+  size: tuple[int, int]  # (h, w) that it is resized to
+  window: tuple[int, int, int, int, int] | None = None  # then reflected at the edges by the first
+  #                                                       number, and cut: top, left, height, width
+
+
+class Look(NamedTuple):
+  """One look at an image: where, and how it is resampled."""
+  cut: Callable[[int, int], Cut]  # of its (height, width)
+  interpolation: str
+  exact: bool = True  # Pillow's own pixels; else within 2 of 255 of them, in 1/4 of the time
+
+
+def check(section: str, ok: bool, field: str, value: Any, allowed: str, names=()) -> None:
+  """Raises ValueError in the config's words unless `ok`."""
+  if not ok:
+    near = difflib.get_close_matches(str(value), names, 1)
+    raise ValueError(f"{section}.{field} = {value!r}: must be {allowed}"
+                     + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def is_range(value: Any, high: float = math.inf) -> bool:
+  return np.shape(value) == (2,) and 0 < value[0] <= value[1] <= high
+
+
+def view(section: str, **fields) -> View:
+  """A View of checked fields; raises ValueError with SECTION.FIELD for one that does not do."""
+  made = View(**fields)
+  if isinstance(made.eval_crop, str) and made.eval_crop.replace(".", "").isdigit():
+    made = made._replace(eval_crop=float(made.eval_crop))  # typed where "squash" stood
+  size = (made.image_size,) * 2 if np.ndim(made.image_size) == 0 else tuple(made.image_size)
+  check(section, made.image_size is None or len(size) == 2 and all(
+    isinstance(n, int) and n > 0 for n in size), "image_size", made.image_size,
+        "an int > 0 or (height, width)")
+  check(section, made.crop_area is None or is_range(made.crop_area, 1), "crop_area", made.crop_area,
+        "None or (low, high) with 0 < low <= high <= 1")
+  check(section, is_range(made.crop_ratio), "crop_ratio", made.crop_ratio,
+        "(low, high) with 0 < low <= high")
+  check(section, made.crop_padding is None or type(made.crop_padding) is int
+        and made.crop_padding >= 0, "crop_padding", made.crop_padding, "None or an int >= 0")
+  check(section, made.train_crop in TRAIN_CROPS, "train_crop", made.train_crop,
+        f"one of {TRAIN_CROPS}", TRAIN_CROPS)
+  check(section, (made.crop_area is not None) + (made.crop_padding is not None)
+        + (made.train_crop != "centre") < 2, "crop_area", made.crop_area,
+        "alone: only one of crop_area, crop_padding, train_crop may be set")
+  ratio = made.eval_crop
+  check(section, ratio == "squash" or isinstance(ratio, int | float) and 0 < ratio <= 1,
+        "eval_crop", ratio, "a share in (0, 1] or 'squash'", ("squash",))
+  check(section, made.interpolation in FILTERS, "interpolation", made.interpolation,
+        f"one of {tuple(FILTERS)}", FILTERS)
+  return made._replace(image_size=None if made.image_size is None else size)
+
+
+def views(augment: dict) -> tuple[View, ...]:
+  """The views that a config's section "augment" speaks of: one, or two with a second_view."""
+  first = {name: augment[name] for name in View._fields if augment.get(name) is not None}
+  made, second = (view("augment", **first),), augment.get("second_view")
+  if second is None or not hasattr(second, "keys"):  # which `augment.make` refuses
+    return made
+  other = {name: second[name] for name in View._fields if name in second}
+  return *made, view("augment.second_view", **first | other)
+
+
+# --- Boxes ----------------------------------------------------------------------------------------
+
+def covering(height: int, width: int, least: tuple[int, int]) -> tuple[int, int]:
+  """The size, of the image's ratio, that just covers `least`; as torchvision rounds: down."""
+  if least[0] * width >= least[1] * height:
+    return least[0], max(least[1], width * least[0] // height)
+  return max(least[0], height * least[1] // width), least[1]
+
+
+def within(height: int, width: int, resized: tuple[int, int], top: int, left: int,
+           size: tuple[int, int]) -> Cut:
+  """Of the image `resized`, `size` pixels from (top, left) on: one resampling gives just those."""
+  h, w = resized
+  return Cut((top * height / h, left * width / w, size[0] * height / h, size[1] * width / w), size)
+
+
+def for_evaluation(view: View, height: int, width: int) -> Cut:
+  """The centre of the image resized to cover image_size / eval_crop; or all of it, squashed."""
+  size = view.image_size
+  if view.eval_crop == "squash":
+    return Cut((0, 0, height, width), size)
+  resized = covering(height, width, tuple(math.floor(n / view.eval_crop + 1e-6) for n in size))
+  top, left = (round((r - n) / 2) for r, n in zip(resized, size))
+  return within(height, width, resized, top, left, size)
+
+
+def draw(rng: np.random.Generator, area: tuple[float, float], ratio: tuple[float, float],
+         height: int, width: int) -> tuple[int, int, int, int]:
+  """A random crop (top, left, height, width), as in torchvision's RandomResizedCrop.
+
+  Up to ten draws of a share of the image's area, uniform in `area`, and of an aspect ratio w/h,
+  log-uniform in `ratio`; the first that fits is placed uniformly. If none does, the largest centre
+  crop whose ratio is allowed.
+  """
+  for _ in range(10):
+    target = height * width * rng.uniform(*area)
+    aspect = math.exp(rng.uniform(*np.log(ratio)))
+    w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+  w = min(width, max(1, round(height * ratio[1])))
+  h = min(height, max(1, round(width / ratio[0])))
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+def for_training(view: View, rng: np.random.Generator, height: int, width: int) -> Cut:
+  """What training sees of an image of this size."""
+  size = view.image_size
+  if view.crop_area is not None:
+    return Cut(draw(rng, view.crop_area, view.crop_ratio, height, width), size)
+  if view.train_crop == "squash" or view.train_crop == "centre" and view.crop_padding is None:
+    return for_evaluation(view._replace(
+      eval_crop="squash" if view.train_crop == "squash" else 1.0), height, width)
+  resized, padding = covering(height, width, size), view.crop_padding or 0
+  corner = [int(rng.integers(r + 2 * padding - n + 1)) for r, n in zip(resized, size)]
+  if not padding:
+    return within(height, width, resized, *corner, size)
+  return Cut((0, 0, height, width), resized, (padding, *corner, *size))
+
+
+def moves(view: View, height: int, width: int, is_train: bool) -> bool:
+  """Whether anything but the whole image, as it is, may be seen of one of this size."""
+  whole = Cut((0, 0, height, width), (height, width))
+  if not is_train:
+    return for_evaluation(view, height, width) != whole
+  drawn = view.crop_area is not None or bool(view.crop_padding)
+  return drawn or for_training(view, np.random.default_rng(0), height, width) != whole
+
+
+# --- Pixels ---------------------------------------------------------------------------------------
+
+def see(image: Image.Image, cut: Cut, interpolation: str, exact: bool = True,
+        scale: float = 1.0) -> np.ndarray:
+  """The cut of an image, uint8 (h, w) or (h, w, c); `scale` is its size, of that of the box."""
+  if cut.box != (0, 0, image.height, image.width) or cut.size != (image.height, image.width):
+    image = _resize(image, cut.size, interpolation, exact, *(side * scale for side in cut.box))
+  if cut.window is None:
+    return np.asarray(image)
+  padding, top, left, height, width = cut.window
+  array = np.asarray(image)
+  array = np.pad(array, ((padding, padding),) * 2 + ((0, 0),) * (array.ndim - 2), "reflect")
+  return array[top:top + height, left:left + width]
+
+
+def _resize(image, size, interpolation, exact, top, left, height, width):
+  pillow, fast = FILTERS[interpolation]
+  if exact or cykooz_resizer is None or image.mode == "RGBA":
+    return image.resize(size[::-1], pillow, box=(
+      left, top, min(left + width, image.width), min(top + height, image.height)))
+  box = cykooz_resizer.CropBox(
+    left, top, min(width, image.width - left), min(height, image.height - top))
+  how = cykooz_resizer.ResizeAlg.convolution(getattr(cykooz_resizer.FilterType, fast))
+  result = Image.new(image.mode, size[::-1])
+  cykooz_resizer.Resizer().resize_pil(
+    image, result, cykooz_resizer.ResizeOptions(how, crop_box=box))
+  return result
+
+
+def see_array(image: np.ndarray, look: Look) -> np.ndarray:
+  """`see` of an image uint8 (h, w, c), of any number of channels."""
+  h, w, c = image.shape
+  cut = look.cut(h, w)
+  if c not in MODES:
+    return np.concatenate([see_array(plane, look._replace(cut=lambda h, w: cut))
+                           for plane in np.split(image, c, axis=2)], axis=2)
+  seen = see(Image.fromarray(image[..., 0] if c == 1 else image), cut, look.interpolation,
+             look.exact)
+  return seen.reshape(*seen.shape[:2], c)
+
+
+def evaluation_pixels(view: View, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+  """What evaluation sees, uint8 (b, h, w, c), of images uint8 (h, w, c), of one size or of several.
+
+  Raises ValueError where they are not uint8, or not images.
+  """
+  images = [*map(np.asarray, images)] if isinstance(images, list | tuple) else np.asarray(images)
+  for image in images:
+    if image.dtype != np.uint8 or image.ndim != 3:
+      raise ValueError(f"images must be uint8 [h, w, c], not {image.dtype} {list(image.shape)}")
+  if isinstance(images, np.ndarray) and not moves(view, *images.shape[1:3], is_train=False):
+    return images
+  look = Look(lambda h, w: for_evaluation(view, h, w), view.interpolation)
+  return np.stack([see_array(image, look) for image in images])
