@@ -193,12 +193,12 @@ def test_interpolation_is_heeded(folder, interpolation, cache_bytes):
     data = batches.make(f"folder:{folder}", batch_size=5, views=views, cache_bytes=cache_bytes)
     return next(data.train(0, 1))["image"].astype(int), next(data.eval())["image"]
   (got, seen_then), (other, seen_by_other) = first(interpolation), first("bicubic")
-  assert np.abs(got - other).max() > 3
+  assert np.abs(got - other).mean() > 0.3  # smooth pictures: Lanczos's differ from bicubic's by 0.7
   files = sorted((folder / "test").rglob("*.jpg"))[:5]
   want = [np.asarray(Image.open(file).resize((16, 16), FILTERS[interpolation], (10, 0, 50, 40)))
           for file in files]
   np.testing.assert_allclose(seen_then, np.stack(want), atol=1)
-  assert np.abs(seen_then.astype(int) - seen_by_other).max() > 3
+  assert np.abs(seen_then.astype(int) - seen_by_other).mean() > 0.3
 
 
 def test_a_boxs_place_follows_from_seed_and_position(folder):
@@ -218,7 +218,7 @@ def test_a_notebook_sees_what_evaluation_sees(folder, tmp_path, cached):
              "augment.interpolation": "linear", "augment.mean": "(0.4,0.5,0.6)"}
   assert train.main([
     "--config=configs/vit.py:smoke", f"--workdir={tmp_path}/run", "--config.total_steps=1",
-    f"--config.data.source=folder:{folder}", "--config.data.batch_size=8",
+    "--config.schedule.warmup_steps=0", f"--config.data.source=folder:{folder}", "--config.data.batch_size=8",
     f"--config.data.cache_bytes={cached}", "--config.evals.classification=none",
     *(f"--config.{key}={value}" for key, value in options.items())]) == 0
   run = checkpoints.load_run(tmp_path / "run")
@@ -246,5 +246,5 @@ def test_runs_of_before_are_evaluated_as_before(tmp_path):
 def test_a_share_may_be_typed_where_squash_stood():
   config = recipe.load_config("configs/clip.py:lit_b16", {"augment.eval_crop": "0.9"})
   assert recipe.make_views(config)[0].eval_crop == 0.9
-  config.augment.pop("train_crop")
+  del config.augment.train_crop
   recipe.call(augment.make, config.augment, "augment")
