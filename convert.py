@@ -45,14 +45,14 @@ def new_folder(path: Path):
 
 def complete_config(network, source, form, overrides):
   """The recipe's config with the network that the file holds, and its own preprocessing."""
-  from interop import formats
+  from interop import preprocessing
   from trainer import recipe
   config = recipe.load_config(str(ROOT / network.recipe))
   groups, recipes_name = config.model.get("bn_groups"), config.config_name
   config.model = dict(network.model)
   sections = {**network.sections, "augment": {
     "image_size": network.model["image_size"], **network.sections.get("augment", {}),
-    **formats.preprocessing(source.config, source.preprocessor)}}
+    **(preprocessing.told(source.config, source.preprocessor) if form.images else {})}}
   for name, section in sections.items():
     config[name] = {**config[name].to_dict(), **section}
   config.dtype, config.config_name, config.expect = "float32", f"{recipes_name} ({form.name})", ""
@@ -108,7 +108,7 @@ def import_weights(args, overrides) -> str:
   from flax.traverse_util import unflatten_dict
   from ml_collections import ConfigDict
 
-  from interop import files, formats, layout, published
+  from interop import files, formats, layout, preprocessing, published
   from trainer import checkpoints, recipe
   from trainer.state import TrainState
   source = files.read(args.source, args.weights)
@@ -156,6 +156,8 @@ def import_weights(args, overrides) -> str:
     if tokenizer:
       (folder / checkpoints.TOKENIZER).write_text(tokenizer.to_json())
   entries += formats.assumed(form, config.model, source.config, given.model)
+  if form.images:
+    entries += preprocessing.assumed(config.augment, source, overrides)
   return f"{source.path}: {form.name}\n{layout.show(entries)}\nwritten to {args.to}"
 
 
@@ -163,7 +165,7 @@ def export_weights(args) -> str:
   """Writes published weights; returns what to tell the user. Raises ValueError."""
   import numpy as np
 
-  from interop import files, published
+  from interop import files, preprocessing, published
   from trainer import checkpoints, recipe
   run = checkpoints.load_run(args.source)
   path, aside, facts = Path(args.source) / ASIDE, {}, {}
@@ -185,7 +187,8 @@ def export_weights(args) -> str:
       (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if form.publisher == "hf" and form.images:
       (folder / "preprocessor_config.json").write_text(json.dumps(
-        published.preprocessor(run.config), indent=2) + "\n")
+        preprocessing.to_hugging_face(run.config.augment, run.config.model.channels),
+        indent=2) + "\n")
     tokenizer = Path(args.source) / checkpoints.TOKENIZER
     if tokenizer.exists():
       shutil.copy(tokenizer, folder)

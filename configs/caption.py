@@ -68,7 +68,7 @@ def cap(config):
   config = b16(config)
   config.total_steps, config.checkpoint.every_steps = 366_500, 1000
   config.data.update(source="tfds:laion400m", batch_size=8192)
-  config.augment.update(train_crop="squash", eval_crop="squash", interpolation="linear")
+  config.augment.update(train_crop="squash", eval_squash=True, interpolation="linear")
   config.model.activation = "gelu_tanh"
   # Decay is 1e-4 there, of the schedule without the rate: 1e-4 / lr in our units.
   config.optimizer = dict(name="adafactor", lr=1e-3, weight_decay=0.1, clip_norm=1.0)

@@ -25,7 +25,7 @@ from configs.base import get_base
 CLIP = {"vit_b32": ("CLIP-B/32", 5e-4), "vit_b16": ("CLIP-B/16", 5e-4),
         "vit_l14": ("CLIP-L/14", 4e-4)}
 # "resize(224)" of big_vision (pp/ops_image.py), in training and evaluation; pixels in [-1, 1].
-SQUASH = dict(image_size=224, train_crop="squash", eval_crop="squash", interpolation="linear")
+SQUASH = dict(image_size=224, train_crop="squash", eval_squash=True, interpolation="linear")
 VARIANTS = ("", "smoke", *CLIP, "siglip_b16", "lit_b16")
 STYLES = ("sans", "serif", "mono", "bold sans", "bold serif", "bold mono", "italic sans",
           "italic serif", "italic mono")

@@ -144,8 +144,8 @@ def vit_384(config, variant):
   config.total_steps = 20_000
   config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls",
                       dropout=0.1 if variant == "L/16" else 0.0, scan=True)
-  config.augment.update(crop_area=(0.05, 1.0), eval_crop="squash", interpolation="linear",
-                        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+  config.augment.update(crop_area=(0.05, 1.0), eval_crop=1.0, eval_squash=True,
+                        interpolation="linear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
   config.optimizer = dict(name="sgd", lr=0.03, momentum=0.9, clip_norm=1.0)
   config.schedule = dict(name="cosine", warmup_steps=500)
   return config

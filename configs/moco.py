@@ -46,7 +46,8 @@ def imagenet(config, epochs: int, batch_size: int):
   config.data = dict(source="tfds:imagenet2012", batch_size=batch_size, workers=16,
                      eval_split="validation")
   config.augment = dict(image_size=224, crop_area=(0.2, 1.0), eval_crop=0.875,
-                        interpolation="linear", flip=True, second_view={}, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+                        interpolation="linear", flip=True, second_view={},
+                        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
   config.evals = dict(knn={})
   return config
 

@@ -1,7 +1,8 @@
 """Augmentation on the device: uint8 batches in, normalised float32 batches out, all under jit.
 
-Images come cut to their size by `geometry`, on the host; what changes their pixels is here. The operations of `image_ops` are vmapped over per-example keys, so what happens to an example
-depends on (rng, its place in the batch) and never on the mesh.
+Images come cut to their size by `geometry`, on the host; what changes their pixels is here. The
+operations of `image_ops` are vmapped over per-example keys, so what happens to an example depends
+on (rng, its place in the batch) and never on the mesh.
 """
 
 import difflib
@@ -205,7 +206,8 @@ FIELDS = {**geometry.View.__annotations__,
           **{p.name: p.annotation for p in inspect.signature(one_view).parameters.values()
              if p.kind is p.KEYWORD_ONLY}}
 # By two views.
-SHARED = ("image_size", "eval_crop", "mixup", "cutmix", "mix_prob", "mix_size", "mix_partner")
+SHARED = ("image_size", "eval_crop", "eval_squash", "mixup", "cutmix", "mix_prob", "mix_size",
+          "mix_partner")
 
 
 def make(*, second_view=None, batch_size: int | None = None, **fields) -> Augment:

@@ -38,7 +38,8 @@ class View(NamedTuple):
   crop_padding: int | None = None  # pixels: resize to cover, pad by reflection, cut at random
   #                                  (DeiT III's SRC, 2204.07118 sec. 3.3)
   train_crop: str = "centre"  # or, once resized to cover: "random"; "squash" both sides to the size
-  eval_crop: float | str = 1.0  # share in (0, 1] that is kept of the covered size; or "squash"
+  eval_crop: float = 1.0  # share in (0, 1] of each side that evaluation keeps of the resized image,
+  eval_squash: bool = False  # which just covers image_size / eval_crop, or is squashed to that
   interpolation: str = "bicubic"  # or "linear" (also "bilinear"), "lanczos3"
 
 
@@ -72,8 +73,6 @@ def is_range(value: Any, high: float = math.inf) -> bool:
 def view(section: str, **fields) -> View:
   """A View of checked fields; raises ValueError with SECTION.FIELD for one that does not do."""
   made = View(**fields)
-  if isinstance(made.eval_crop, str) and made.eval_crop.replace(".", "").isdigit():
-    made = made._replace(eval_crop=float(made.eval_crop))  # typed where "squash" stood
   size = (made.image_size,) * 2 if np.ndim(made.image_size) == 0 else tuple(made.image_size)
   check(section, made.image_size is None or len(size) == 2 and all(
     isinstance(n, int) and n > 0 for n in size), "image_size", made.image_size,
@@ -89,9 +88,10 @@ def view(section: str, **fields) -> View:
   check(section, (made.crop_area is not None) + (made.crop_padding is not None)
         + (made.train_crop != "centre") < 2, "crop_area", made.crop_area,
         "alone: only one of crop_area, crop_padding, train_crop may be set")
-  ratio = made.eval_crop
-  check(section, ratio == "squash" or isinstance(ratio, int | float) and 0 < ratio <= 1,
-        "eval_crop", ratio, "a share in (0, 1] or 'squash'", ("squash",))
+  check(section, isinstance(made.eval_crop, int | float) and 0 < made.eval_crop <= 1, "eval_crop",
+        made.eval_crop, "a share in (0, 1]")
+  check(section, isinstance(made.eval_squash, bool), "eval_squash", made.eval_squash,
+        "True or False")
   check(section, made.interpolation in FILTERS, "interpolation", made.interpolation,
         f"one of {tuple(FILTERS)}", FILTERS)
   return made._replace(image_size=None if made.image_size is None else size)
@@ -124,11 +124,11 @@ def within(height: int, width: int, resized: tuple[int, int], top: int, left: in
 
 
 def for_evaluation(view: View, height: int, width: int) -> Cut:
-  """The centre of the image resized to cover image_size / eval_crop; or all of it, squashed."""
+  """The centre of the image resized to cover, or squashed to, image_size / eval_crop."""
   size = view.image_size
-  if view.eval_crop == "squash":
-    return Cut((0, 0, height, width), size)
-  resized = covering(height, width, tuple(math.floor(n / view.eval_crop + 1e-6) for n in size))
+  resized = tuple(math.floor(n / view.eval_crop + 1e-6) for n in size)
+  if not view.eval_squash:
+    resized = covering(height, width, resized)
   top, left = (round((r - n) / 2) for r, n in zip(resized, size))
   return within(height, width, resized, top, left, size)
 
@@ -159,7 +159,7 @@ def for_training(view: View, rng: np.random.Generator, height: int, width: int) 
     return Cut(draw(rng, view.crop_area, view.crop_ratio, height, width), size)
   if view.train_crop == "squash" or view.train_crop == "centre" and view.crop_padding is None:
     return for_evaluation(view._replace(
-      eval_crop="squash" if view.train_crop == "squash" else 1.0), height, width)
+      eval_crop=1.0, eval_squash=view.train_crop == "squash"), height, width)
   resized, padding = covering(height, width, size), view.crop_padding or 0
   corner = [int(rng.integers(r + 2 * padding - n + 1)) for r, n in zip(resized, size)]
   if not padding:

@@ -14,7 +14,7 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
@@ -135,9 +135,9 @@ def decode_looks(record: Mapping[str, Any], channels: int, looks: Sequence[geome
     cuts = [look.cut(full_h, full_w) for look in looks]
     drafted = None
     if coarse:
-      drafted = image.draft(None, (max(math.ceil(full_w * cut.size[1] / cut.box[3]) for cut in cuts),
-                                   max(math.ceil(full_h * cut.size[0] / cut.box[2]) for cut in cuts)
-                                   ))
+      drafted = image.draft(None, (
+        max(math.ceil(full_w * cut.size[1] / cut.box[3]) for cut in cuts),
+        max(math.ceil(full_h * cut.size[0] / cut.box[2]) for cut in cuts)))
     image = _jpeg(image, image.size if image.size != (full_w, full_h) else (0, 0))
     image = _converted(image, channels)
     scale = drafted[1][2] / full_w if drafted else 1  # exact; the sides are rounded up
@@ -151,7 +151,8 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
   if channels < 4 and image.has_transparency_data:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-  return image if image.mode == geometry.MODES[channels] else image.convert(geometry.MODES[channels])
+  mode = geometry.MODES[channels]
+  return image if image.mode == mode else image.convert(mode)
 
 
 def _array(pixels: Any, channels: int) -> np.ndarray:

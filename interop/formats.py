@@ -136,21 +136,6 @@ def activation(name: str) -> str:
   return ACTIVATIONS[name]
 
 
-def preprocessing(config: Mapping, preprocessor: Mapping) -> dict:
-  """mean, std, image_size and interpolation of config.augment, as far as the files tell."""
-  timm = config.get("pretrained_cfg") or config.get("preprocess_cfg") or {}
-  mean = preprocessor.get("image_mean") or timm.get("mean")
-  std = preprocessor.get("image_std") or timm.get("std")
-  size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
-  if isinstance(size, dict):
-    size = size.get("height") or size.get("shortest_edge")
-  how = {2: "linear", 3: "bicubic", 1: "lanczos3", "bilinear": "linear", "bicubic": "bicubic",
-         "lanczos": "lanczos3"}.get(preprocessor.get("resample", timm.get("interpolation")))
-  found = dict(mean=mean and tuple(mean), std=std and tuple(std), image_size=size and (size, size),
-               interpolation=how)
-  return {name: value for name, value in found.items() if value}
-
-
 def assumed(form: Format, model: Mapping, config: Mapping, given: Mapping) -> list[layout.Entry]:
   """What was taken for granted of a network, as neither shapes nor a file nor the user told it."""
   def keys(section):

@@ -154,14 +154,3 @@ def to_write(model: Mapping, publisher: str, came_as: str = "") -> Format:
   if not fits:
     raise ValueError("; ".join(misfit(form, model) for form in asked))
   return next((form for form in fits if form.name == came_as), fits[0])
-
-
-def preprocessor(config) -> dict:
-  """preprocessor_config.json of Hugging Face, by config.augment."""
-  channels, (h, w) = config.model.channels, config.augment.image_size
-  def each(value):
-    return list(value) if isinstance(value, (tuple, list)) else [value] * channels
-  return dict(do_rescale=True, do_normalize=True, do_resize=True, do_center_crop=True,
-              image_mean=each(config.augment.get("mean", 0.5)),
-              image_std=each(config.augment.get("std", 0.5)),
-              size=dict(shortest_edge=min(h, w)), crop_size=dict(height=h, width=w), resample=3)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 from einops import pack
 
-from interop import formats, layout
+from interop import formats, layout, preprocessing
 from interop.formats import Format, Network
 from interop.layout import rows
 
 IDENTITY = "a b d -> a b d"
+BICUBIC = {**formats.IMAGENET, "interpolation": "bicubic"}  # the original DeiT and DINOv2
 
 # --- timm (the original MAE, MoCo v3 and DiT have its blocks too) ---------------------------------
 
@@ -150,18 +151,17 @@ def timm_describe(shapes, config, given) -> Network:
   return supervised(model, shapes, "head.weight", given, formats.HALF)
 
 
-def supervised(model, shapes, head: str, given, preprocessing) -> Network:
+def supervised(model, shapes, head: str, given, augment) -> Network:
   """A classifier. Without a head in the file it gets a new one, of 1000 classes unless told."""
   rows_of_head = shapes[head][0] if head in shapes else None
   model["num_classes"] = formats.need(given, "num_classes", rows_of_head, 1000)
-  return Network("configs/vit.py:imagenet_b16_augreg", model, dict(augment=preprocessing))
+  return Network("configs/vit.py:imagenet_b16_augreg", model, dict(augment=augment))
 
 
 def timm_out(model, config) -> dict:
   size = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
   known = {s[:3]: name for name, s in formats.vit.SIZES.items()}
   found = size.get(known.get((model["width"], model["depth"], model["mlp_dim"])), "custom")
-  augment = config.augment
   return {
     "architecture": f"vit_{found}_patch{model['patch']}_{model['image_size'][0]}",
     "num_classes": model["num_classes"],
@@ -171,13 +171,7 @@ def timm_out(model, config) -> dict:
       depth=model["depth"], num_heads=model["heads"],
       mlp_ratio=model["mlp_dim"] / model["width"],
       no_embed_class=bool(model.get("registers")) or not model.get("class_position", True)),
-    "pretrained_cfg": dict(input_size=[model["channels"], *augment.image_size],
-                           mean=_list(augment.get("mean", 0.5), model["channels"]),
-                           std=_list(augment.get("std", 0.5), model["channels"]))}
-
-
-def _list(value, channels):
-  return list(value) if isinstance(value, (tuple, list)) else [value] * channels
+    "pretrained_cfg": preprocessing.to_timm(config.augment, model["channels"])}
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------
@@ -242,14 +236,14 @@ def hf_describe(shapes, config, given) -> Network:
   if distilled:
     model["registers"] = 1
   return supervised(model, shapes, "classifier.weight", given,
-                    formats.IMAGENET if distilled else formats.HALF)
+                    BICUBIC if distilled else formats.HALF)
 
 
 def dino_describe(shapes, config, given) -> Network:
   model = hf_model(shapes, config, given, "vit.encoder.layer.{i}.mlp.fc1.weight", norm_eps=1e-6)
   registers = shapes.get("vit.embeddings.register_tokens", (1, 0))[1]
   model.update(registers=registers, layer_scale=float(config.get("layerscale_value", 1.0)))
-  return supervised(model, shapes, "classifier.weight", given, formats.IMAGENET)
+  return supervised(model, shapes, "classifier.weight", given, BICUBIC)
 
 
 DEIT = "vit.embeddings.position_embeddings", "vit.embeddings.cls_token", DISTILLATION

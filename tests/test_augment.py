@@ -1,4 +1,4 @@
-"""Augmentation on the device against Pillow, colorsys and NumPy; recipes on one device and on eight."""
+"""Augmentation on the device against Pillow, colorsys, NumPy; recipes on one device and eight."""
 
 import collections
 import colorsys
@@ -575,8 +575,9 @@ def test_the_config_section_is_checked():
     (dict(crop_area=(0.1, 1), crop_padding=4), r"augment\.crop_area.*only one"),
     (dict(crop_padding=4, train_crop="random"), r"augment\.crop_area.*only one"),
     (dict(train_crop="center"), r"augment\.train_crop = 'center'.*did you mean 'centre'"),
-    (dict(eval_crop=0.0), r"augment\.eval_crop = 0\.0: must be a share in \(0, 1\] or 'squash'"),
-    (dict(eval_crop="squish"), r"augment\.eval_crop = 'squish'.*did you mean 'squash'"),
+    (dict(eval_crop=0.0), r"augment\.eval_crop = 0\.0: must be a share in \(0, 1\]"),
+    (dict(train_crop="squish"), r"augment\.train_crop = 'squish'.*did you mean 'squash'"),
+    (dict(eval_squash=2), r"augment\.eval_squash = 2: must be True or False"),
     (dict(second_view=dict(crop_area=2)), r"augment\.second_view\.crop_area = 2"),
     (dict(crop_ratio=(2, 1)), r"augment\.crop_ratio"),
     (dict(crop_padding=-1), r"augment\.crop_padding = -1"),

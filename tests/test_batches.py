@@ -1,7 +1,5 @@
 import functools
-import io
 import json
-import math
 import sys
 import threading
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import batches, geometry, sources
+from input_pipeline import batches, geometry
 
 N = 23
 

@@ -11,7 +11,7 @@ from arrays import photo
 from PIL import Image
 
 import train
-from input_pipeline import augment, batches, geometry
+from input_pipeline import batches, geometry
 from trainer import checkpoints, recipe
 
 FILTERS = {"linear": Image.BILINEAR, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC,
@@ -59,7 +59,7 @@ def test_published_sides():
 def test_squash_sees_all():
   image = photo(40, 61)
   got = geometry.evaluation_pixels(
-    view(image_size=(20, 30), eval_crop="squash", interpolation="linear"), image[None])[0]
+    view(image_size=(20, 30), eval_squash=True, interpolation="linear"), image[None])[0]
   np.testing.assert_array_equal(
     got, np.asarray(Image.fromarray(image).resize((30, 20), Image.BILINEAR)))
 
@@ -160,7 +160,7 @@ def folder(tmp_path_factory):
 
 VIEWS = {
   "area": dict(crop_area=(0.2, 1.0), eval_crop=0.875), "random": dict(train_crop="random"),
-  "padding": dict(crop_padding=4), "squash": dict(train_crop="squash", eval_crop="squash"),
+  "padding": dict(crop_padding=4), "squash": dict(train_crop="squash", eval_squash=True),
   "centre": dict(eval_crop=0.8),
   "two": dict(crop_area=(0.2, 1.0), interpolation="linear",
               second_view=dict(crop_area=(0.05, 0.3), interpolation="bicubic"))}
@@ -218,8 +218,9 @@ def test_a_notebook_sees_what_evaluation_sees(folder, tmp_path, cached):
              "augment.interpolation": "linear", "augment.mean": "(0.4,0.5,0.6)"}
   assert train.main([
     "--config=configs/vit.py:smoke", f"--workdir={tmp_path}/run", "--config.total_steps=1",
-    "--config.schedule.warmup_steps=0", f"--config.data.source=folder:{folder}", "--config.data.batch_size=8",
-    f"--config.data.cache_bytes={cached}", "--config.evals.classification=none",
+    "--config.schedule.warmup_steps=0", f"--config.data.source=folder:{folder}",
+    "--config.data.batch_size=8", f"--config.data.cache_bytes={cached}",
+    "--config.evals.classification=none",
     *(f"--config.{key}={value}" for key, value in options.items())]) == 0
   run = checkpoints.load_run(tmp_path / "run")
   files = sorted((folder / "test").rglob("*.jpg"))
@@ -241,10 +242,3 @@ def test_runs_of_before_are_evaluated_as_before(tmp_path):
                         ({"crop_area": [0.2, 1], "eval_crop": 1.0}, 1.0)):
     (tmp_path / "config.json").write_text(recipe.json.dumps({"augment": section}))
     assert checkpoints.load_config(tmp_path).augment.get("eval_crop") == want
-
-
-def test_a_share_may_be_typed_where_squash_stood():
-  config = recipe.load_config("configs/clip.py:lit_b16", {"augment.eval_crop": "0.9"})
-  assert recipe.make_views(config)[0].eval_crop == 0.9
-  del config.augment.train_crop
-  recipe.call(augment.make, config.augment, "augment")

@@ -11,11 +11,13 @@ import numpy as np
 import published
 import pytest
 import tokenizers
+from arrays import photo
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import convert
-from interop import formats
+from interop import preprocessing
 from interop import published as interop
 from models import dit, positions
 from trainer import checkpoints, recipe
@@ -320,7 +322,7 @@ def test_an_encoder_alone_says_that_the_decoder_is_missing(tmp_path, capsys):
   folder = written(tmp_path, tensors, config="vitmae")
   assert importing(folder, tmp_path / "run") == 0
   told = capsys.readouterr().out
-  assert "no decoder.mask_token in the file" in told and re.search(r"\d new$", told, re.M)
+  assert "no decoder.mask_token in the file" in told and re.search(r"\d new\b", told)
   run = checkpoints.load_run(tmp_path / "run")
   theirs = interop.give(interop.FORMATS["mae/hf"], interop.fields(
     recipe.make_model(run.config), run.config.model), convert.flat(run.params, {}))
@@ -343,14 +345,97 @@ def test_names_of_several_versions_are_one():
     assert interop.FORMATS[form].canonical([theirs]) == {canonical: theirs}
 
 
-def test_preprocessing_that_files_tell():
-  hf = dict(image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3], size=dict(shortest_edge=256),
-            crop_size=dict(height=224, width=224), resample=2)
-  assert formats.preprocessing({}, hf) == dict(
-    mean=(0.1, 0.2, 0.3), std=(1, 2, 3), image_size=(224, 224), interpolation="linear")
-  timm = dict(pretrained_cfg=dict(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic"))
-  assert formats.preprocessing(timm, {}) == dict(
-    mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic")
+def hugging_face(**fields):
+  return {}, dict(image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3], **fields)
+
+
+def timm(**fields):
+  return dict(pretrained_cfg=dict(mean=[0.1, 0.2, 0.3], std=[1, 2, 3], **fields)), {}
+
+
+EDGE, SQUARE = dict(shortest_edge=256), dict(height=256, width=256)
+TOLD = {  # publisher's file -> image_size, eval_crop, eval_squash, interpolation
+  "dinov2": (hugging_face(size=EDGE, do_center_crop=True, crop_size=dict(height=224, width=224),
+                          resample=3), 224, 0.875, False, "bicubic"),
+  "vit": (hugging_face(size=SQUARE, resample=2), 256, 1.0, True, "linear"),
+  "vit of 2021": (hugging_face(feature_extractor_type="ViTFeatureExtractor", size=224, resample=2),
+                  224, 1.0, True, "linear"),
+  "clip of 2021": (hugging_face(feature_extractor_type="CLIPFeatureExtractor", size=224,
+                                crop_size=224, do_center_crop=True, resample=3),
+                   224, 1.0, False, "bicubic"),
+  "deit of 2021": (hugging_face(feature_extractor_type="DeiTFeatureExtractor", size=256,
+                                crop_size=224, do_center_crop=True, resample=3),
+                   224, 0.875, True, "bicubic"),
+  "no crop after all": (hugging_face(size=EDGE, do_center_crop=False, crop_size=224, resample=1),
+                        256, 1.0, False, "lanczos3"),
+  "convnext": (hugging_face(image_processor_type="ConvNextImageProcessor",
+                            size=dict(shortest_edge=224), resample=3),
+               224, 0.875, False, "bicubic"),
+  "convnext 384": (hugging_face(image_processor_type="ConvNextImageProcessor",
+                                size=dict(shortest_edge=384), crop_pct=0.9, resample=3),
+                   384, 1.0, True, "bicubic"),
+  "not resized": (hugging_face(do_resize=False, size=EDGE), 256, None, None, None),
+  "timm": (timm(input_size=[3, 224, 224], crop_pct=0.9, interpolation="bicubic"),
+           224, 0.9, False, "bicubic"),
+  "timm, as data/config.py": (timm(), None, 0.875, False, "bicubic"),
+  "timm squash": (timm(input_size=[3, 448, 448], crop_pct=1.0, crop_mode="squash",
+                       interpolation="lanczos"), 448, 1.0, True, "lanczos3"),
+  "timm border": (timm(crop_mode="border", interpolation="bilinear"), None, None, None, "linear"),
+  "open_clip": ((dict(preprocess_cfg=dict(size=224, mean=[0.1, 0.2, 0.3], std=[1, 2, 3])), {}),
+                224, 1.0, False, "bicubic"),
+  "open_clip squash": ((dict(preprocess_cfg=dict(
+    size=[256, 256], mean=[0.1, 0.2, 0.3], std=[1, 2, 3], resize_mode="squash",
+    interpolation="bilinear")), {}), 256, 1.0, True, "linear"),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_preprocessing_that_files_tell(case):
+  files, size, share, squash, how = TOLD[case]
+  want = dict(mean=(0.1, 0.2, 0.3), std=(1, 2, 3), image_size=size and (size, size),
+              eval_crop=share, eval_squash=squash, interpolation=how)
+  assert preprocessing.told(*files) == {key: x for key, x in want.items() if x is not None}
+
+
+def test_files_that_tell_nothing_of_images():
+  assert preprocessing.told({}, {}) == preprocessing.told(dict(model_type="vit"), {}) == {}
+  plain = preprocessing.told({}, dict(do_normalize=False, size=SQUARE))
+  assert (plain["mean"], plain["std"]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.875, 0.9, 224 / 248])
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("how", ["linear", "bicubic", "lanczos3"])
+def test_preprocessing_comes_back(share, squash, how):
+  augment = dict(image_size=(224, 224), eval_crop=share, eval_squash=squash, interpolation=how,
+                 mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
+  hugging_face = preprocessing.to_hugging_face(augment, 3)
+  assert hugging_face["image_processor_type"] == (
+    "CLIPImageProcessor" if not squash else
+    "ViTImageProcessor" if share == 1 else "DeiTImageProcessor")
+  back = preprocessing.told({}, hugging_face)
+  assert preprocessing.resized(back) == preprocessing.resized(augment)
+  assert {**back, "eval_crop": share} == augment
+  timm = dict(pretrained_cfg=preprocessing.to_timm(augment, 3))
+  assert preprocessing.told(timm, {}) == augment
+
+
+def test_what_is_assumed_of_images_is_said(tmp_path, capsys):
+  """google/vit-base-patch16-224's own file squashes; without it the recipe's cut is assumed."""
+  folder = written(tmp_path, published.load("vit"), config="vit")
+  assert importing(folder, tmp_path / "bare") == 0
+  said = capsys.readouterr().out
+  for field in ("mean = 0.5", "eval_crop = 0.875", "interpolation = 'linear'"):
+    assert f"config.augment.{field}" in said
+  (folder / "preprocessor_config.json").write_text(json.dumps(dict(
+    size=dict(height=16, width=16), resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+  assert importing(folder, tmp_path / "run") == 0
+  assert "config.augment" not in capsys.readouterr().out
+  run = checkpoints.load_run(tmp_path / "run")
+  image = photo(40, 61)
+  squashed = Image.fromarray(image).resize(run.config.augment.image_size[::-1], Image.BILINEAR)
+  np.testing.assert_allclose(run.preprocess(image[None])[0], np.asarray(squashed) / 127.5 - 1,
+                             atol=1e-6)
 
 
 def test_a_tokenizer_is_taken_along(tmp_path, capsys):

@@ -27,7 +27,7 @@ from trainer.state import count_flops, make_init, make_step, statistics, with_st
 # Fields that do not change what is computed: a run may be continued with others.
 FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect",
         "data.workers", "data.cache_bytes", "data.prefetch_batches", "data.tokenizer",
-        "augment.eval_crop")
+        "augment.eval_crop", "augment.eval_squash")
 log = logging.getLogger("vitrine")
 
 
