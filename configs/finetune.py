@@ -117,6 +117,7 @@ def mae_linear(config, variant):
 def moco_linear(config):
   """1911.05722 sec. 4.1: pooled features of a ResNet-50 as it is, a rate of 30."""
   config = imagenet(config, epochs=100, batch_size=256)
+  config.augment.interpolation = "linear"
   config.model = dict(name="resnet", variant="50", num_classes=1000, head_init=0.01)
   config.method.image_train = False
   config.optimizer = dict(name="sgd", lr=30.0, momentum=0.9, frozen=ONLY_HEAD)
@@ -127,6 +128,7 @@ def moco_linear(config):
 def moco_vit_linear(config, variant):
   """2104.02057 appendix A and its repository's commands: the class token, SGD, 90 epochs."""
   config = imagenet(config, epochs=90, batch_size=1024)
+  config.augment.interpolation = "linear"
   config.model = dict(name="vit", variant=variant, num_classes=1000, pool="cls", heads=12,
                       head_init=0.01, scan=True)
   config.optimizer = dict(name="sgd", base_lr=3.0, momentum=0.9, frozen=ONLY_HEAD)
