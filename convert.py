@@ -69,10 +69,10 @@ def complete_config(network, source, form, overrides):
 
 def tokenizer_of(source, config):
   """The tokenizer beside the weights, with the context and the end of text of the model."""
-  from trainer import recipe
+  from trainer import fields
   if not (source.tokenizer and config.model.get("vocab_size")):
     return None
-  text = recipe.find_module("input_pipeline", "text", "")
+  text = fields.find_module("input_pipeline", "text", "")
   told = {} if config.model.get("text_pool") in ("argmax", None) else {
     name: config.model[name] for name in ("eos_id", "pad_id")}
   tokenizer = text.make(str(source.tokenizer), context=config.model.context, **told)

@@ -29,16 +29,36 @@ def parse_overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[st
   return overrides
 
 
+def show_help(args, parser: argparse.ArgumentParser) -> int:
+  if not args.help:
+    parser.error("the following arguments are required: --config")
+  print(parser.format_help())
+  if args.config:
+    from trainer import help
+    try:
+      print(help.help_of(args.config))
+    except ValueError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 1
+  return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+  parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:VARIANT")
+  parser.add_argument("-h", "--help", action="store_true",
+                      help="with --config: every field of every section of that recipe")
+  parser.add_argument("--config", help="configs/NAME.py or configs/NAME.py:VARIANT")
+  parser.add_argument("--print_config", action="store_true",
+                      help="print the completed config and what would run, and stop")
   parser.add_argument("--workdir", help="run directory; default runs/NAME or runs/NAME_VARIANT")
   parser.add_argument("--data_dir", help="where data sets are prepared and looked for; default "
                       "$TFDS_DATA_DIR or ~/tensorflow_datasets")
   environment.add_flags(parser)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, parser)
+  if args.help or not args.config:
+    return show_help(args, parser)
 
   environment.prepare(args)
   from trainer import checkpoints, loop, preemption, recipe
@@ -48,11 +68,15 @@ def main(argv: list[str] | None = None) -> int:
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  workdir = args.workdir or Path("runs") / config.config_name.replace(":", "_")
+  if args.print_config:
+    from trainer import help
+    help.print_config(built, workdir)
+    return 0
   command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
   changed = recipe.differences(recipe.plain(recipe.load_config(args.config)), recipe.plain(config))
   try:
-    loop.train(built, args.workdir or Path("runs") / config.config_name.replace(":", "_"),
-               command, changed)
+    loop.train(built, workdir, command, changed)
   except (loop.TrainingError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1

@@ -55,8 +55,8 @@ def spell(detokenize, ids) -> tuple[list[str], list[list[int]]]:
   return text.split(), places
 
 
-def evaluate(context, split: str | None = None, limit: int | None = None, baselines=(),
-             examples: int = 8):
+def evaluate(context, split: str | None = None, limit: int | None = None,
+             baselines: tuple[str, ...] = (), examples: int = 8):
   """`score` of the prediction `caption` and, under its own prefix, of what needs no learning.
 
   Texts are compared as the tokenizer spells them: cut to the context, and lower-cased where it is

@@ -28,18 +28,20 @@ def fit(x, labels, classes: int, l2: float):
   return kernel, y_mean - x_mean @ kernel
 
 
-def evaluate(context, shots=(5, 10), draws: int = 5, l2: float = 1.0, features="features",
-             baselines=(), limit: int | None = None):
+def evaluate(context, shots: tuple[int, ...] = (5, 10), draws: int = 5, l2: float = 1.0,
+             features: str = "features", baselines: tuple[str, ...] = (), limit: int | None = None):
   """Top-1 on the evaluation split of `fit` to a few examples of each class.
 
   The examples are drawn from the training split by the run's seed: those of fewer shots are the
   first of those of more, and all representations get the same. They standardise the features too.
-  `knn.per_representation` describes `features`, `baselines` and `limit`.
 
   Args:
     shots: numbers of examples a class.
     draws: how many sets of examples, at least 2.
     l2: see `fit`.
+    features: name of a prediction that gives one vector an example.
+    baselines: of "untrained" (the same network at initialisation) and "pixels".
+    limit: training examples that are used, the first of the split; None = all.
 
   Returns:
     {n}shot/top1, the mean over the draws, and {n}shot/top1_std, their standard deviation.

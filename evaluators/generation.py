@@ -14,9 +14,9 @@ from models import inception
 log = logging.getLogger("vitrine")
 
 
-def evaluate(context, predictions=("sample",), count: int | None = None, guidance: float = 1.0,
-             features: str = "pixels", k: int = 3, limit: int | None = None, examples: int = 8,
-             neighbours: int = 5):
+def evaluate(context, predictions: tuple[str, ...] = ("sample",), count: int | None = None,
+             guidance: float = 1.0, features: str = "pixels", k: int = 3, limit: int | None = None,
+             examples: int = 8, neighbours: int = 5):
   """Distances of generated images to the training images, beside those of held-out images.
 
   Labels are asked for as often as the training images have them. All images are first rounded to

@@ -150,8 +150,9 @@ def neighbours_figure(queries, query_names, found, found_names, right, scores, c
   return figure
 
 
-def evaluate(context, figures=None, examples: int = 6, images: int = 128, neighbours: int = 8,
-             features: str = "features", split: str | None = None, limit: int | None = 5000):
+def evaluate(context, figures: tuple[str, ...] | None = None, examples: int = 6,
+             images: int = 128, neighbours: int = 8, features: str = "features",
+             split: str | None = None, limit: int | None = 5000):
   """Draws what a network has learnt, over images of one split; no numbers.
 
   Figures:

@@ -74,10 +74,16 @@ def votes(bank, labels, queries, temperature, *, k, classes, block=2**26):
   return jax.lax.map(vote, queries, batch_size=max(1, block // len(bank)))
 
 
-def evaluate(context, k=20, temperature=0.07, features="features", baselines=(), limit=None):
+def evaluate(context, k: int = 20, temperature: float = 0.07, features: str = "features",
+             baselines: tuple[str, ...] = (), limit: int | None = None):
   """Top-1 and top-5 of k-nearest neighbours from the training split on the evaluation split.
 
-  `per_representation` describes `features`, `baselines` and `limit`.
+  Args:
+    k: neighbours.
+    temperature: of their votes, above 0.
+    features: name of a prediction that gives one vector an example.
+    baselines: of "untrained" (the same network at initialisation) and "pixels".
+    limit: training examples that are used, the first of the split; None = all.
 
   Raises:
     ValueError: k or temperature out of range, an unknown baseline, data without labels.

@@ -52,13 +52,22 @@ def fit(params, x, labels, weights, l2, max_iters, tolerance):
   return params, gradient_norm(opt)
 
 
-def evaluate(context, features="features", l2=(1e-1, 1e-2, 1e-3), max_iters=100,
-             tolerance=1e-4, holdout=0.1, baselines=(), limit=None):
+def evaluate(context, features: str = "features", l2: tuple[float, ...] = (1e-1, 1e-2, 1e-3),
+             max_iters: int = 100, tolerance: float = 1e-4, holdout: float = 0.1,
+             baselines: tuple[str, ...] = (), limit: int | None = None):
   """Top-1 and top-5 on the evaluation split of a linear classifier fitted to the training split.
 
   Features are standardised by the training split. `l2` is chosen by top-1 on a held-out share of
-  the TRAINING split, then the classifier is refitted to all of it. `knn.per_representation`
-  describes `features`, `baselines` and `limit`; `fit` the rest.
+  the TRAINING split, then the classifier is refitted to all of it.
+
+  Args:
+    features: name of a prediction that gives one vector an example.
+    l2: strengths of weight decay that are tried.
+    max_iters: steps of L-BFGS, at most.
+    tolerance: norm of the gradient at which it stops.
+    holdout: share of the training split that l2 is chosen by, in (0, 1).
+    baselines: of "untrained" (the same network at initialisation) and "pixels".
+    limit: training examples that are used, the first of the split; None = all.
 
   Returns:
     top1, top5 and the chosen l2, for the features and each baseline.

@@ -35,8 +35,8 @@ def unigram(train, hidden) -> dict[str, float]:
   return score(of_hidden == count.argmax(), np.log(share[of_hidden]))
 
 
-def evaluate(context, split: str | None = None, limit: int | None = None, baselines=(),
-             examples: int = 12):
+def evaluate(context, split: str | None = None, limit: int | None = None,
+             baselines: tuple[str, ...] = (), examples: int = 12):
   """`score` of the prediction `masked`, over all chosen tokens of a split.
 
   What is hidden follows from the split and the evaluation's batch size alone. Of images with

@@ -13,7 +13,8 @@ from evaluators import checks
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction and\nvisible patches")
 
 
-def evaluate(context, examples=8, prediction="reconstruct", ratios=()):
+def evaluate(context, examples: int = 8, prediction: str = "reconstruct",
+             ratios: tuple[float, ...] = ()):
   """Reconstructs the first `examples` images of the evaluation split and draws them.
 
   The masks depend on the seed alone, so that figures of different steps compare. Where the output

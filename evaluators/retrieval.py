@@ -110,8 +110,9 @@ def embed_captions(context, captions, num_captions, unique):
   return list(names), unit(mean), np.unique([image, group[row]], axis=1)
 
 
-def evaluate(context, split: str | None = None, ks=(1, 5, 10), limit: int | None = None,
-             unique: str | None = None, examples: int = 5, gallery: int = 256):
+def evaluate(context, split: str | None = None, ks: tuple[int, ...] = (1, 5, 10),
+             limit: int | None = None, unique: str | None = None, examples: int = 5,
+             gallery: int = 256):
   """Recall at k of image-to-text and text-to-image retrieval, in [0, 1].
 
   An image has found its text if ANY of its captions is among its k best; every caption is a query

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from evaluators import checks, knn, pictures
 
 
-def evaluate(context, predictions=("sample",), guidance=(0.0, 1.0, 2.0, 4.0), rows: int = 10,
+def evaluate(context, predictions: tuple[str, ...] = ("sample",),
+             guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0), rows: int = 10,
              per_class: int = 4, count: int = 1000, count_guidance: float = 2.0, judge: str = "",
              k: int = 5, path: int = 8):
   """Share of samples that a judge trained on real images recognises as the class asked for.

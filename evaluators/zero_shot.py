@@ -52,7 +52,9 @@ def classify(images, classes, logit_scale):
       logit_scale * jnp.matmul(images, classes.T, precision="highest"), axis=-1))
 
 
-def evaluate(context, classes=None, templates=("{}",), split: str | None = None, examples: int = 8):
+def evaluate(context, classes: str | tuple[str, ...] | None = None,
+             templates: str | tuple[str, ...] = ("{}",), split: str | None = None,
+             examples: int = 8):
   """Top-1 and (of more than five classes) top-5 accuracy of `class_embeddings`, in [0, 1].
 
   Args:

@@ -9,7 +9,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import dm_pix as pix
@@ -118,7 +118,8 @@ def one_view(section, view, *, mean=0.5, std=0.5, affine=None, three_augment=Fal
     randaugment: (layers >= 1, magnitude in [0, 30]) for big_vision's, a string such as
       "rand-m9-mstd0.5-inc1" for timm's, or None; what it moves away shows `mean`.
     erase: probability in [0, 1] of random erasing.
-    mixup, cutmix: alpha >= 0 of the Beta law, 0 for off. mix_prob: share of groups mixed, [0, 1].
+    mixup, cutmix: alpha >= 0 of the Beta law, 0 for off.
+    mix_prob: share of groups mixed, [0, 1].
     mix_size: consecutive examples that share a draw and are mixed among themselves: what a device
       had in the run to repeat. It divides the batch; None is the whole batch.
     mix_partner: "mirror" as timm or "previous" as big_vision, see `mix`.
@@ -202,15 +203,13 @@ def one_view(section, view, *, mean=0.5, std=0.5, affine=None, three_augment=Fal
   return Augment(train, evaluate, lambda image: np.asarray(image) * std + mean)
 
 
-FIELDS = {**geometry.View.__annotations__,
-          **{p.name: p.annotation for p in inspect.signature(one_view).parameters.values()
-             if p.kind is p.KEYWORD_ONLY}}
 # By two views.
 SHARED = ("image_size", "eval_crop", "eval_squash", "mixup", "cutmix", "mix_prob", "mix_size",
           "mix_partner")
 
 
-def make(*, second_view=None, batch_size: int | None = None, **fields) -> Augment:
+def make(*, second_view: Mapping | None = None, batch_size: int | None = None,
+         **fields: (geometry.View, one_view)) -> Augment:
   """The recipe of `config.augment`: one view of each image, or two for contrastive learning.
 
   Args:
@@ -235,7 +234,8 @@ def make(*, second_view=None, batch_size: int | None = None, **fields) -> Augmen
   if second_view is None:
     return first
   check(hasattr(second_view, "keys"), "second_view", second_view, "None or a dict")
-  second_view, allowed = dict(second_view), sorted({*FIELDS} - {*SHARED})
+  allowed = {*geometry.View._fields, *inspect.signature(one_view).parameters}
+  second_view, allowed = dict(second_view), sorted(allowed - {"section", "view", *SHARED})
   for name in second_view:
     if name not in allowed:
       near = difflib.get_close_matches(name, allowed, 1)

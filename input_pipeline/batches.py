@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import grain
 import jax
@@ -23,7 +23,6 @@ from rich.progress import track
 from input_pipeline import geometry, sources, text
 from input_pipeline.splits import with_parts
 
-CHOICES = {"on_error": ("raise", "skip"), "latents": sources.LATENTS}
 IMAGES = ("image", "image_2")  # of a batch, by view
 SHUFFLE, CROP, CROP_2, CAPTION, PERMUTE = range(5)  # the purposes of randomness
 
@@ -51,8 +50,9 @@ class Data(NamedTuple):
 def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int = 0,
          views: Sequence[geometry.View] = (geometry.View(),), train_split: str = "train",
          eval_split: str | None = None, cache_bytes: int = 2**30, workers: int = 0,
-         prefetch_batches: int = 2, repeats: int = 1, on_error: str = "raise",
-         latents: str | None = None,
+         prefetch_batches: int = 2, repeats: int = 1,
+         on_error: Literal["raise", "skip"] = "raise",
+         latents: Literal[*sources.LATENTS] | None = None,
          tokenizer: str | None = None, context: int = 64, vocab_size: int = 1024,
          lower_case: bool = False, eos_id: int | None = None, pad_id: int | None = None,
          mask_token: bool = False, permute_text: bool = False, favour: str | None = None,
@@ -84,8 +84,8 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
     context, vocab_size, lower_case, eos_id, pad_id, mask_token: see `text.make`.
     permute_text: whether each training image has the captions of another, always the same one, so
       that nothing can be learnt: for control.
-    favour: regular expression; `favour_share` of the training examples are those with a caption
-      that it matches from the start, in an order of their own. None = no favourites.
+    favour, favour_share: regular expression, and share of the training examples that are those
+      with a caption that it matches from the start, in an order of their own. None = no favourites.
     held_out: share of the lines of a file of texts that are the split "test", (0, 1).
 
   Raises:

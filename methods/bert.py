@@ -1,5 +1,7 @@
 """Masked language modelling: BERT (1810.04805) and UniLM's mix of attention masks (1905.03197)."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +9,6 @@ from losses import tokens
 from methods.method import Method
 from models import masks as attention_masks
 
-CHOICES = {"masks": ("bert", "unilm")}
 BOTH_WAYS, PREFIX, FORWARD, BACKWARD = range(4)
 UNILM = (1 / 3, 1 / 3, 1 / 6, 1 / 6)  # shares of these in a batch (1905.03197 sec. 2.4)
 
@@ -32,8 +33,8 @@ def unilm(rng, own):
   return mask, second.astype(jnp.int32)
 
 
-def make(model, *, masks: str = "bert", mask_ratio: float = 0.15, mask_share: float = 0.8,
-         random_share: float = 0.1) -> Method:
+def make(model, *, masks: Literal["bert", "unilm"] = "bert", mask_ratio: float = 0.15,
+         mask_share: float = 0.8, random_share: float = 0.1) -> Method:
   """An encoder of texts learns to tell tokens that are hidden from it (1810.04805 sec. 3.1).
 
   Of a text of n tokens, special ones not counted, max(1, round(mask_ratio n)) are chosen. Each is

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,6 @@ import jax.numpy as jnp
 from losses import contrastive
 from methods.image_predictions import image_predictions
 from methods.method import Method
-
-CHOICES = {"loss": ("softmax", "sigmoid")}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -27,7 +26,7 @@ at_most.defvjp(lambda x, bound: (jnp.minimum(x, bound), x),
                lambda bound, x, g: (jnp.where(x < bound, g, jnp.maximum(g, 0)),))
 
 
-def make(model, *, batch_size: int, loss: str = "softmax", chunk: int = 0,
+def make(model, *, batch_size: int, loss: Literal["softmax", "sigmoid"] = "softmax", chunk: int = 0,
          max_logit_scale: float | None = 100.0, image_train: bool = True) -> Method:
   """Two towers learn to tell an image's caption from the other captions of the global batch.
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,14 @@ from methods.method import Method
 
 LIMITS = {"none": lambda x0: x0, "clip": lambda x0: jnp.clip(x0, -1, 1),
           "threshold": predictions.threshold}
-CHOICES = {"path": paths.PATHS, "prediction": predictions.PREDICTIONS, "times": objectives.TIMES,
-           "weighting": objectives.WEIGHTINGS}
 
 
-def make(model, *, path: str = "linear", path_options: Mapping = {}, prediction: str = "velocity",
-         times: str = "uniform", times_options: Mapping = {}, stratified: bool = True,
-         weighting: str = "uniform", gamma: float = 5.0, sigma_data: float = 0.5,
-         vlb_weight: float = 1e-3, label_dropout: float = 0.1, time_scale: float | None = None,
+def make(model, *, path: Literal[*paths.PATHS] = "linear", path_options: Mapping = {},
+         prediction: Literal[*predictions.PREDICTIONS] = "velocity",
+         times: Literal[*objectives.TIMES] = "uniform", times_options: Mapping = {},
+         stratified: bool = True, weighting: Literal[*objectives.WEIGHTINGS] = "uniform",
+         gamma: float = 5.0, sigma_data: float = 0.5, vlb_weight: float = 1e-3,
+         label_dropout: float = 0.1, time_scale: float | None = None,
          samples: Mapping[str, Mapping] = {"sample": {}}) -> Method:
   """A network learns to tell data from noise at every noise level, and so to make data.
 

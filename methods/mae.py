@@ -1,6 +1,7 @@
 """Masked autoencoding (2111.06377): predict the pixels of removed patches."""
 
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -10,10 +11,8 @@ from methods.method import Method
 from models.mae import MASKING, mask_from_keep, mask_from_noise
 from models.vit import patchify, unpatchify
 
-CHOICES = {"masking": MASKING}
 
-
-def make(model, *, mask_ratio: float = 0.75, masking: str = "random",
+def make(model, *, mask_ratio: float = 0.75, masking: Literal[*MASKING] = "random",
          norm_pix: bool = True) -> Method:
   """An encoder-decoder `models.mae.MAE` learns to fill in images.
 

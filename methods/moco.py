@@ -1,5 +1,7 @@
 """Momentum Contrast: v1 (1911.05722), v2 (2003.04297) and v3 (2104.02057)."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,12 +16,11 @@ SCHEDULES = {
   "constant": lambda momentum, done: momentum,
   "cosine": lambda momentum, done: 1 - (1 - momentum) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
 }
-CHOICES = {"momentum_schedule": SCHEDULES}
 
 
 def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
-         momentum: float = 0.999, momentum_schedule: str = "constant", temperature: float = 0.07,
-         collapse_threshold: float = 0.05) -> Method:
+         momentum: float = 0.999, momentum_schedule: Literal[*SCHEDULES] = "constant",
+         temperature: float = 0.07, collapse_threshold: float = 0.05) -> Method:
   """A query encoder learns to tell its image's key from other images' keys.
 
   With a queue (v1, v2) the negatives are the last `queue_size` keys; the keys of a batch are

@@ -1,5 +1,7 @@
 """Supervised classification, softmax or sigmoid, with soft targets."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -7,10 +9,8 @@ from losses import classification
 from methods.image_predictions import image_predictions
 from methods.method import Method
 
-CHOICES = {"loss": classification.LOSSES}
 
-
-def make(model, *, loss: str = "softmax", label_smoothing: float = 0.0,
+def make(model, *, loss: Literal[*classification.LOSSES] = "softmax", label_smoothing: float = 0.0,
          multi_label: bool = False, image_train: bool = True,
          batch_size: int | None = None) -> Method:
   """A classifier [b, h, w, c] -> [b, classes] learns labels.

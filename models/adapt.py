@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from einops import rearrange
 
-from models import positions, resnet, text, vit
+from models import backbones, positions, text, vit
 
 
 def fields(network) -> dict:
@@ -13,14 +13,16 @@ def fields(network) -> dict:
 
   Fixed positions become learned ones, as they are for fine-tuning (2111.06377 appendix A.1).
   """
-  module = {vit.ViT: vit, resnet.ResNet: resnet}.get(type(network))
-  if module is None:
+  kind = next((kind for kind, cls in zip(backbones.BACKBONES, backbones.NETWORKS, strict=True)
+               if type(network) is cls), None)
+  if kind is None:
     raise ValueError(f"a model {type(network).__name__.lower()} has no image network to start from")
+  own = backbones.fields_of(kind)
   values = {f.name: getattr(network, f.name) for f in dataclasses.fields(network)
-            if f.name in module.FIELDS and getattr(network, f.name) != f.default}
+            if f.name in own and getattr(network, f.name) != f.default}
   if values.get("positions") in positions.FIXED:
     del values["positions"]
-  return {"name": module.__name__.rpartition(".")[2], **values}
+  return {"name": kind, **values}
 
 
 def text_fields(network) -> dict:

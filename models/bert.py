@@ -1,9 +1,11 @@
 """BERT (1810.04805): an encoder of texts that tells which tokens were hidden from it."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models import text
+from models import text, vit
 from models.layers import ACTIVATIONS, GATES
 
 VARIANTS = {"BERT-base": dict(width=768, depth=12, heads=12),  # 1810.04805 sec. 3
@@ -43,23 +45,27 @@ class Bert(nn.Module):
     return logits + self.bias[None, None]
 
 
-FIELDS = text.fields_of(text.TextTower, prefix="")
 TEXT_NETWORK = "encoder"  # the part that other runs start from
-CHOICES = {**text.CHOICES, "variant": ("", *VARIANTS),
-           "pool": tuple(name for name in text.POOLS if name != "map")}  # nothing would train it
 
 
-def make(*, variant: str = "", dtype="float32", vocab_size: int | None = None,
+def make(*, variant: Literal["", *VARIANTS] = "", dtype: Literal[*vit.DTYPES] = "float32",
+         pool: Literal["eos", "argmax", "first", "last"] = "first", vocab_size: int | None = None,
          context: int | None = None, eos_id: int | None = None, pad_id: int | None = None,
-         mask_id: int | None = None, starts: int = 0, **fields) -> Bert:
+         mask_id: int | None = None, starts: int = 0, **fields: text.TextTower) -> Bert:
   """An encoder by `variant`, one of VARIANTS, and any field of `text.TextTower`.
 
+  Args:
+    variant: one of VARIANTS.
+    pool: which token the features are: the end's, the largest id's, the first or the last.
+    dtype: of computation.
+    vocab_size, context, eos_id, pad_id, mask_id, starts: the tokenizer's.
+
   Where nothing is said it is BERT's: norms after the branches and the embeddings, two kinds of
-  segments, attention to all but padding, and features of the first token. `vocab_size`, `context`,
-  `eos_id`, `pad_id`, `mask_id` and `starts` are the tokenizer's. Raises ValueError as `text.build`.
+  segments, attention to all but padding, and features of the first token. Raises
+  ValueError as `text.build`.
   """
   bert = dict(placement="post", norm_eps=1e-12, causal=False, mask_padding=True, clip_init=False,
-              embed_norm=True, segments=2, pool="first", kernel_init="truncated")
+              embed_norm=True, segments=2, pool=pool, kernel_init="truncated")
   tower = text.build(
     text.TextTower, {**bert, **VARIANTS.get(variant, {}), **fields}, prefix="", dtype=dtype,
     variant=next(iter(VARIANTS)), vocab_size=vocab_size, context=context, eos_id=eos_id,

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.attention import Attention
-from models.layers import NORMS, Mlp
+from models.attention import ATTENTION, Attention
+from models.layers import ACTIVATIONS, KERNEL_INITS, NORMS, Mlp
 
 
 class Placement(NamedTuple):
@@ -53,14 +53,14 @@ def scaled(blocks: dict, beta: float) -> dict:
 class BlockStyle(nn.Module, kw_only=True):
   """The choices that a block is made by: fields of all that is made of blocks."""
 
-  activation: str = "gelu"  # a key of layers.ACTIVATIONS
-  norm: str = "layernorm"  # a key of layers.NORMS
-  norm_eps: float = 1e-6
-  placement: str = "pre"  # a key of PLACEMENTS
-  attention: str = "auto"  # a key of attention.ATTENTION
-  qk_norm: bool = False
-  fused_init: bool = False
-  kernel_init: str = "xavier"  # a key of layers.KERNEL_INITS
+  activation: Literal[*ACTIVATIONS] = "gelu"  # of the MLPs; the last five are gated
+  norm: Literal[*NORMS] = "layernorm"  # of the blocks and at the end
+  norm_eps: float = 1e-6  # added to the variance
+  placement: Literal[*PLACEMENTS] = "pre"  # of norms
+  attention: Literal[*ATTENTION] = "auto"  # what computes it; auto: cuDNN where it can
+  qk_norm: bool = False  # norms of queries and keys (2302.05442)
+  fused_init: bool = False  # query, key, value start as one matrix (MAE), else as three
+  kernel_init: Literal[*KERNEL_INITS] = "xavier"  # of attention and MLPs
   layer_scale: float = 0.0  # initial value of 2103.17239's scale; 0 = none
   dropout: float = 0.0  # rate, [0, 1)
   float32_stream: bool = True  # what blocks add to stays float32, whatever they compute in

@@ -1,5 +1,7 @@
 """Images to texts: an image network, and a Transformer decoder that looks at its tokens."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -80,22 +82,28 @@ class Captioner(nn.Module):
     return self.text.step(cache, token, index)
 
 
-FIELDS = {**backbones.FIELDS, **text.fields_of(TextDecoder)}
 IMAGE_NETWORK = "image"  # the part that other runs start from
-CHOICES = {**backbones.CHOICES,
-           **{f"text_{name}": allowed for name, allowed in text.CHOICES.items()}}
 
 
-def make(*, backbone: str = "vit", image_size, channels: int, dtype="float32",
+def make(*, backbone: Literal[*backbones.BACKBONES] = "vit", image_size, channels: int,
+         variant: str | int = "", dtype: Literal[*vit.DTYPES] = "float32",
          vocab_size: int | None = None, context: int | None = None, eos_id: int | None = None,
-         pad_id: int | None = None, **fields) -> Captioner:
+         pad_id: int | None = None,
+         **fields: (*backbones.NETWORKS, dict(text_=TextDecoder))) -> Captioner:
   """An image network, by any field of `models/BACKBONE.py`, and a decoder of its texts.
 
-  Fields of `TextDecoder` begin with text_, see `text.build`. `vocab_size`, `context`, `eos_id` and
-  `pad_id` are the tokenizer's. Raises ValueError as `backbones.make` and `text.build`.
+  Args:
+    backbone: of the image network.
+    variant: its own, such as "B/16".
+    image_size, channels, dtype: of the data, and of computation.
+    vocab_size, context, eos_id, pad_id: the tokenizer's.
+
+  Fields of `TextDecoder` begin with text_, see `text.build`. Raises ValueError as
+  `backbones.make` and `text.build`.
   """
   decoder = text.build(TextDecoder, fields, dtype=dtype, vocab_size=vocab_size, context=context,
                       eos_id=eos_id, pad_id=pad_id)
+  fields |= {"variant": variant} if variant else {}
   image = backbones.make(backbone, image_size=image_size, channels=channels, dtype=dtype, **fields)
   if isinstance(image, vit.ViT) and image.placement == decoder.placement == "deepnorm":
     image = image.clone(read_by=decoder.depth)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import backbones, text
+from models import backbones, text, vit
 
 
 def _clip(image: str, width: int, heads: int) -> dict:
@@ -32,7 +33,7 @@ class CLIP(nn.Module):
   text: text.TextTower
   embed_dim: int  # features of an embedding
   project_image: bool = True  # False: the image tower's features are the embedding
-  projection_bias: bool = False
+  projection_bias: bool = False  # of the towers' projections
   init_scale: float = 1 / 0.07  # exp(logit_scale) at the start (2103.00020 sec. 2.5)
   init_bias: float | None = None  # logit_bias at the start; None: there is none
   dtype: jnp.dtype = jnp.float32
@@ -79,23 +80,25 @@ def unit(x):
   return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
-_OWN = {f.name: f.type for f in dataclasses.fields(CLIP)
-        if f.name not in ("parent", "name", "dtype", "image", "text")}
-FIELDS = {**backbones.FIELDS, **_OWN, **text.fields_of(text.TextTower)}
 IMAGE_NETWORK = "image"  # the parts that other runs start from
 TEXT_NETWORK = "text"
-CHOICES = {**backbones.CHOICES,
-           **{f"text_{name}": allowed for name, allowed in text.CHOICES.items()}}
 
 
-def make(*, variant: str | int = "", backbone: str = "vit", image_size, channels: int,
-         dtype="float32", vocab_size: int | None = None, context: int | None = None,
-         eos_id: int | None = None, pad_id: int | None = None, **fields) -> CLIP:
+def make(*, variant: str | int = "", backbone: Literal[*backbones.BACKBONES] = "vit", image_size,
+         channels: int, dtype: Literal[*vit.DTYPES] = "float32", vocab_size: int | None = None,
+         context: int | None = None, eos_id: int | None = None, pad_id: int | None = None,
+         **fields: (*backbones.NETWORKS, CLIP, dict(text_=text.TextTower))) -> CLIP:
   """Two towers by `variant`, one of VARIANTS or the image tower's own ("B/16"), and any field.
 
+  Args:
+    variant: one of VARIANTS, or one of the image tower, such as "B/16".
+    backbone: of the image tower.
+    image_size, channels, dtype: of the data, and of computation.
+    vocab_size, context, eos_id, pad_id: the tokenizer's.
+
   Fields of `text.TextTower` begin with text_, see `text.build`; the others are those of CLIP and of
-  `models/BACKBONE.py`. `vocab_size`, `context`, `eos_id` and `pad_id` are the tokenizer's. Raises
-  ValueError as `backbones.make` and `text.build`, and on an unknown variant.
+  `models/BACKBONE.py`. Raises ValueError as `backbones.make` and `text.build`, and on
+  an unknown variant.
   """
   if variant not in VARIANTS and "-" in str(variant):
     raise ValueError(f"model.variant = {variant!r}: expected one of {', '.join(VARIANTS)}, or a "
@@ -106,7 +109,7 @@ def make(*, variant: str | int = "", backbone: str = "vit", image_size, channels
   if missing:
     raise ValueError(f"model: give variant (such as {next(iter(VARIANTS))!r}) or all of "
                      + ", ".join(missing))
-  own = {name: fields.pop(name) for name in _OWN if name in fields}
+  own = {f.name: fields.pop(f.name) for f in dataclasses.fields(CLIP) if f.name in fields}
   tower = text.build(text.TextTower, fields, dtype=dtype, vocab_size=vocab_size, context=context,
                     eos_id=eos_id, pad_id=pad_id)
   image = backbones.make(backbone, image_size=image_size, channels=channels, dtype=dtype, **fields)

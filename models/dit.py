@@ -1,18 +1,18 @@
 """Diffusion Transformer (2212.09748): its norms are steered by time and label (adaLN-Zero)."""
 
-import dataclasses
 import difflib
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from models import kernels, positions, vit
-from models.attention import Attention
+from models.attention import ATTENTION, Attention
 from models.layers import Mlp
-from models.transformer import check_heads, init_blocks, run_blocks, split_by_example
+from models.positions import ABSOLUTE
+from models.transformer import REMAT, check_heads, init_blocks, run_blocks, split_by_example
 
 
 class Size(NamedTuple):
@@ -30,10 +30,6 @@ SIZES = {  # 2212.09748 table 1
 
 
 MLPS = {"gelu": "gelu_tanh", "swiglu": "swiglu"}  # keys of layers.ACTIVATIONS
-
-# Fields whose value is a name, and the names: checked before anything is built.
-CHOICES = {"mlp": MLPS, "positions": positions.ABSOLUTE,
-           **{name: vit.CHOICES[name] for name in ("attention", "remat", "dtype")}}
 
 
 # --- Time and label -------------------------------------------------------------------------------
@@ -129,19 +125,19 @@ class DiT(nn.Module):
   image_size: tuple[int, int]  # pixels (h, w), or of latents: what learned positions are made for
   channels: int
   patch: int  # pixels
-  width: int
-  depth: int
-  mlp_dim: int
-  heads: int
+  width: int  # features of a token
+  depth: int  # blocks
+  mlp_dim: int  # features inside an MLP; where nothing is said four times the width
+  heads: int  # of attention; they divide the width
   num_classes: int = 0  # 0: unconditional, any label is ignored
   learn_sigma: bool = False  # twice the channels out: [prediction | variance] (2102.09672)
-  positions: str = "sincos2d"  # one of positions.ABSOLUTE
+  positions: Literal[*ABSOLUTE] = "sincos2d"  # added to tokens
   rope: bool = False  # rotary positions too
-  mlp: str = "gelu"  # a key of MLPS
-  qk_norm: bool = False
-  attention: str = "auto"
+  mlp: Literal[*MLPS] = "gelu"  # its activation
+  qk_norm: bool = False  # norms of queries and keys
+  attention: Literal[*ATTENTION] = "auto"  # what computes it
   scan: bool = False  # as in models.transformer.Transformer
-  remat: str = "none"
+  remat: Literal[*REMAT] = "none"  # what is computed again for the gradient
   float32_stream: bool = True  # as in models.blocks.BlockStyle
   dtype: jnp.dtype = jnp.float32
 
@@ -182,11 +178,6 @@ class DiT(nn.Module):
     return vit.unpatchify(x, self.patch, grid)
 
 
-# What `make` takes beside its own arguments, with types.
-FIELDS = {f.name: f.type for f in dataclasses.fields(DiT)
-          if f.name not in ("parent", "name", "dtype", "image_size", "channels", "num_classes")}
-
-
 def parse_variant(variant: str) -> dict[str, int]:
   """`"XL/2"` -> width, depth, heads and patch. Raises ValueError on an unknown one."""
   size, _, patch = variant.partition("/")
@@ -198,9 +189,15 @@ def parse_variant(variant: str) -> dict[str, int]:
   return {**SIZES[size]._asdict(), "patch": int(patch)}
 
 
-def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, dtype="float32",
-         **fields) -> DiT:
+def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0,
+         dtype: Literal[*vit.DTYPES] = "float32", **fields: DiT) -> DiT:
   """A DiT by `variant` ("XL/2") and any field of `DiT`, which goes before the variant's.
+
+  Args:
+    variant: a size of SIZES and the patch in pixels or latents, such as "XL/2".
+    image_size, channels: of the data.
+    num_classes: of labels, None: as many as the data has; 0: none are given.
+    dtype: of computation.
 
   `mlp_dim` is 4 x width unless given. Raises ValueError on an unknown variant or sizes that do not
   fit together.

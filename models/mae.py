@@ -1,19 +1,18 @@
 """Masked autoencoder (2111.06377): a ViT over visible patches, a small decoder over all of them."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from models import layers, vit
+from models.positions import KINDS
 from models.positions import check as check_positions
 from models.transformer import Style, Transformer, check_heads, choices
 
 IMAGE_NETWORK = "encoder"  # the part that other runs start from
-CHOICES = {**vit.CHOICES, "pool": ("mean", "cls"), "patch_stem": ("patches",)}
-FIELDS = {**vit.FIELDS, "variant": str, "image_size": object, "channels": int, "dtype": str}
-del FIELDS["pool_before_norm"]
 
 
 # --- Masking: noise whose order says which patches go. The lowest stay (2111.06377 sec. 3) --------
@@ -138,18 +137,35 @@ class MAE(nn.Module):
 
 
 def make(*, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int = 16,
-         decoder_mlp_dim: int | None = None, positions: str = "sincos2d", pool: str = "mean",
-         class_token: bool = True, fused_init: bool = True, **fields) -> MAE:
+         decoder_mlp_dim: int | None = None, variant: str = "", image_size, channels: int,
+         dtype: Literal[*vit.DTYPES] = "float32", pool: Literal["mean", "cls"] = "mean",
+         positions: Literal[*KINDS] = "sincos2d", class_token: bool = True,
+         fused_init: bool = True, patch_stem: Literal["patches"] = "patches",
+         pool_before_norm: Literal[False] = False, **fields: vit.ViT) -> MAE:
   """A ViT encoder (`vit.make`'s fields) and a decoder; the defaults are the paper's.
 
-  `decoder_mlp_dim` is 4 x `decoder_width` unless given. `pool` says which tokens the features are
-  made of after training: "mean" (patches) or "cls".
+  Args:
+    decoder_width: features of a token of the decoder.
+    decoder_depth: its blocks.
+    decoder_heads: of its attention; they divide its width.
+    decoder_mlp_dim: features inside its MLPs; None: four times its width.
+    variant: of the encoder: a size of `vit.SIZES` and the patch in pixels, such as "B/16".
+    image_size, channels, dtype: of the data, and of computation.
+    pool: which tokens the features are made of after training: the patches' mean, or the class's.
+    positions: of encoder and decoder.
+    class_token: whether there is one.
+    fused_init: query, key, value start as one matrix, else as three.
+    patch_stem: patches are what is removed.
+    pool_before_norm: of fine-tuning, not of this.
+
   Raises ValueError as `vit.make`, and where decoder_heads does not divide decoder_width.
   """
-  if fields.get("patch_stem", "patches") != "patches":
-    raise ValueError(f"model.patch_stem = {fields['patch_stem']!r}: an MAE removes patches, so it "
-                     "takes 'patches' alone")
-  encoder = vit.make(positions=positions, pool=pool, class_token=class_token,
+  if patch_stem != "patches" or pool_before_norm:
+    raise ValueError(f"model.patch_stem = {patch_stem!r}, model.pool_before_norm = "
+                     f"{pool_before_norm}: an MAE removes patches, and a decoder reads what is "
+                     "left, so it takes 'patches' and False alone")
+  encoder = vit.make(variant=variant, image_size=image_size, channels=channels, dtype=dtype,
+                     positions=positions, pool=pool, class_token=class_token,
                      fused_init=fused_init, **fields)
   check_heads(decoder_width, decoder_heads, "decoder_")
   check_positions(positions, decoder_width // decoder_heads, axes=2,

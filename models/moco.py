@@ -1,6 +1,7 @@
 """The network of Momentum Contrast: any backbone, a projector and, in v3, a predictor."""
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ from models import backbones, vit
 from models.batch_norm import BatchNorm
 
 IMAGE_NETWORK = "backbone"  # the part that other runs start from
-CHOICES = {**backbones.CHOICES, "head_kernel_init": vit.PATCH_INITS}
 
 
 class Head(nn.Module):
@@ -47,8 +47,8 @@ class MoCo(nn.Module):
   projector_hidden: tuple[int, ...] = ()  # features; () is a linear projector
   predictor_hidden: tuple[int, ...] | None = None  # None: no predictor
   head_norm: bool = False  # batch norm in projector and predictor
-  predictor_last_norm: bool = True
-  head_kernel_init: str = "lecun"  # of both: a key of vit.PATCH_INITS
+  predictor_last_norm: bool = True  # with head_norm: of its output too
+  head_kernel_init: Literal[*vit.PATCH_INITS] = "lecun"  # of both
   bn_groups: int = 1  # of all batch norms, backbone and heads
   dtype: jnp.dtype = jnp.float32
 
@@ -71,19 +71,22 @@ class MoCo(nn.Module):
     return x if self.predictor_hidden is None else self.predictor(x, train=train)
 
 
-_OWN = {f.name: f.type for f in dataclasses.fields(MoCo)
-        if f.name not in ("parent", "name", "dtype", "backbone", "bn_groups")}
-FIELDS = {**backbones.FIELDS, **_OWN}
-
-
-def make(*, backbone: str = "resnet", image_size, channels: int, dtype="float32", dim: int = 128,
-         bn_groups: int = 1, **fields) -> MoCo:
+def make(*, backbone: Literal[*backbones.BACKBONES] = "resnet", image_size, channels: int,
+         variant: str | int = "", dtype: Literal[*vit.DTYPES] = "float32", dim: int = 128,
+         bn_groups: int = 1, **fields: (*backbones.NETWORKS, MoCo)) -> MoCo:
   """A MoCo network on `models/BACKBONE.py`, whose own fields it takes too.
 
-  `bn_groups` is over how many groups of a batch batch norm has its statistics: see
-  `models.batch_norm.BatchNorm`. Raises ValueError on a field that neither has, or a bad size.
+  Args:
+    backbone: which network.
+    image_size, channels, dtype: of the data, and of computation.
+    variant: the backbone's, such as "50" or "B/16".
+    dim: features of queries and keys.
+    bn_groups: over how many groups of a batch batch norm has its statistics, see
+      `models.batch_norm.BatchNorm`.
+
+  Raises ValueError on a field that neither has, or a bad size.
   """
-  own = {name: fields.pop(name) for name in _OWN if name in fields}
+  own = {f.name: fields.pop(f.name) for f in dataclasses.fields(MoCo) if f.name in fields}
   sizes = {"dim": (dim,), **{name: own.get(name) or () for name in
                              ("projector_hidden", "predictor_hidden")}}
   for name, values in sizes.items():
@@ -91,7 +94,9 @@ def make(*, backbone: str = "resnet", image_size, channels: int, dtype="float32"
       raise ValueError(f"model.{name} = {values!r}: expected whole numbers of features, above 0")
   if bn_groups < 1:
     raise ValueError(f"model.bn_groups = {bn_groups}: expected at least 1")
-  if "bn_groups" in backbones.BACKBONES[backbone].FIELDS:
+  if variant:
+    fields["variant"] = variant
+  if "bn_groups" in backbones.fields_of(backbone):
     fields["bn_groups"] = bn_groups
   network = backbones.make(backbone, image_size=image_size, channels=channels, dtype=dtype,
                            **fields)

@@ -1,9 +1,8 @@
 """ResNet (1512.03385), with the stride of bottlenecks on their 3x3 convolution ("v1.5")."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,8 +26,6 @@ SIZES = {  # 1512.03385 table 1; the depths of 200 are 1603.05027's
   "152": Size((3, 8, 36, 3), True),
   "200": Size((3, 24, 36, 3), True),
 }
-
-CHOICES = {"stem": ("imagenet", "small"), "dtype": ("float32", "bfloat16", "float16")}
 
 
 def conv(features: int, size: int, stride: int, dtype, name: str) -> nn.Conv:
@@ -89,14 +86,15 @@ class ResNet(nn.Module):
   image_size: tuple[int, int]  # pixels (h, w) of the data; any other works too
   channels: int
   depths: tuple[int, ...]  # blocks of each stage
-  bottleneck: bool
+  bottleneck: bool  # blocks of three convolutions, else of two
   widths: tuple[int, ...] = (64, 128, 256, 512)  # features of each stage's 3x3 convolutions
   num_classes: int = 0  # 0: no head, the pooled features are the output
-  stem: str = "imagenet"  # 7x7 and max pooling, both strided; "small" (32 pixels): 3x3, no stride
+  stem: Literal["imagenet", "small"] = "imagenet"  # 7x7 and max pooling, both strided; small, for
+  #                                                   images of 32 pixels: 3x3 without stride
   stem_width: int | None = None  # features; None: widths[0]
   zero_init: bool = False  # blocks begin as the identity: their last scale is 0 (1706.02677 5.1)
   bn_groups: int = 1  # see `models.batch_norm.BatchNorm`
-  bn_momentum: float = 0.9
+  bn_momentum: float = 0.9  # of the running statistics
   head_init: float = 0.0  # standard deviation of the head's kernel at the start; 0: zeros
   dtype: jnp.dtype = jnp.float32
 
@@ -135,14 +133,16 @@ class ResNet(nn.Module):
     return head(features), out
 
 
-# What `make` takes beside its own arguments, with types.
-FIELDS = {f.name: f.type for f in dataclasses.fields(ResNet)
-          if f.name not in ("parent", "name", "dtype", "image_size", "channels", "num_classes")}
-
-
 def make(*, variant: str | int = "50", image_size, channels: int, num_classes: int = 0,
-         dtype="float32", **fields) -> ResNet:
+         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+         **fields: ResNet) -> ResNet:
   """A ResNet by `variant` ("50") and any field of `ResNet`, which goes before the variant's.
+
+  Args:
+    variant: a key of SIZES, its number of layers.
+    image_size, channels: of the data.
+    num_classes: of labels, for the head; 0: no head. None: as many as the data has.
+    dtype: of computation.
 
   Raises ValueError on an unknown variant or bad numbers.
   """

@@ -1,6 +1,7 @@
 """Text Transformer: token and position embeddings, a Transformer, pooling (2103.00020 sec. 2.4)."""
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -17,11 +18,7 @@ TOKENIZER = ("vocab_size", "context", "eos_id", "pad_id")  # fields that the tok
 # What a text network has of the image network beside it, where nothing is said of itself.
 SHARED = ("activation", "norm", "norm_eps", "placement", "qk_norm", "attention", "scan", "remat")
 
-# Fields whose value is a name, and the names: checked before anything is built.
-CHOICES = {**vit.CHOICES, "pool": POOLS,
-           "positions": ("none", "learned", "sinusoidal", *positions.RELATIVE)}
-for _name in ("patch_stem", "patch_init", "resample"):
-  del CHOICES[_name]
+POSITIONS = ("none", "learned", "sinusoidal", *positions.RELATIVE)
 
 
 def clip_kernels(rng, blocks):
@@ -43,11 +40,11 @@ class TextStyle(Style):
   context: int  # tokens, at most
   eos_id: int  # of the end-of-text token
   pad_id: int  # of what fills up the context
-  width: int
-  depth: int
-  heads: int
-  mlp_dim: int
-  positions: str = dataclasses.field(default="learned", kw_only=True)  # one of CHOICES
+  width: int  # features of a token
+  depth: int  # blocks
+  heads: int  # of attention; they divide the width
+  mlp_dim: int  # features inside an MLP; where nothing is said four times the width
+  positions: Literal[*POSITIONS] = dataclasses.field(default="learned", kw_only=True)
   trained: int = dataclasses.field(default=0, kw_only=True)  # as in `transformer.Transformer`
 
   @nn.nowrap
@@ -85,7 +82,7 @@ class TextStyle(Style):
 class TextTower(TextStyle):
   """`__call__` gives (pooled features, named intermediates), as `models.vit.ViT`."""
 
-  pool: str = "eos"  # one of POOLS
+  pool: Literal[*POOLS] = "eos"  # which token the features are, as beside POOLS; or attention
   causal: bool = True  # a token sees those before it (CLIP), else all (SigLIP)
   mask_padding: bool = False  # hides padding from attention; published towers do not
   clip_init: bool = True  # kernels start as in CLIP, else, and for DeepNorm, as the Transformer's
@@ -133,10 +130,10 @@ class TextTower(TextStyle):
     return features, {"tokens": x, "features": features}
 
 
-def fields_of(network: type, prefix: str = "text_") -> dict[str, type]:
-  """What a config may say of a text network, with types: all but what its tokenizer says."""
-  return {prefix + f.name: f.type for f in dataclasses.fields(network)
-          if f.name not in ("parent", "name", "dtype", *TOKENIZER)}
+def fields_of(network: type, prefix: str = "text_") -> list[str]:
+  """What a config may say of a text network: all but what its tokenizer says."""
+  return [prefix + f.name for f in dataclasses.fields(network)
+          if f.name not in ("parent", "name", "dtype", *TOKENIZER)]
 
 
 def build(network: type, fields: dict, *, prefix: str = "text_", variant: str = "", dtype,
@@ -158,9 +155,9 @@ def build(network: type, fields: dict, *, prefix: str = "text_", variant: str = 
   shared = {name: fields[name] for name in SHARED if name in fields}
   made = network(**tokenizer, **{"mlp_dim": 4 * own["width"], **shared, **own},
                  dtype=jnp.dtype(dtype))
-  if made.positions not in CHOICES["positions"]:
+  if made.positions not in POSITIONS:
     raise ValueError(f"model.{prefix}positions = {made.positions!r}: expected one of "
-                     + ", ".join(CHOICES["positions"]))
+                     + ", ".join(POSITIONS))
   check(made, axes=1, prefix=prefix)
   chunks = made.positions == "rope" and getattr(made, "causal", True) and made.trained >= 2
   if made.trained and not chunks:

@@ -8,6 +8,7 @@ so that checkpoints, sharding rules and weight converters know one layout.
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from models import kernels, masks, positions
 from models.blocks import PLACEMENTS, Block, BlockStyle, Context, choices, deepnorm, scaled
+from models.positions import KINDS
 
 REMAT: Mapping[str, Callable | None] = {
   # What a block keeps for its backward pass; the rest is computed again.
@@ -72,13 +74,13 @@ class Style(BlockStyle, kw_only=True):
   """The choices that a stack of blocks is made by."""
 
   drop_path: float = 0.0  # rate at the last block
-  drop_path_spread: str = "linear"  # a key of SPREADS: what the blocks before it have
-  positions: str = "none"  # one of positions.KINDS; the absolute are added before the stack
-  rope_base: float | None = None  # these two as in `positions.rope`
-  rope_scale: float = 1.0
+  drop_path_spread: Literal[*SPREADS] = "linear"  # what the blocks before it have
+  positions: Literal[*KINDS] = "none"  # the absolute are added before the stack
+  rope_base: float | None = None  # wavelengths, as in `positions.rope`; None: its own
+  rope_scale: float = 1.0  # factor on places, as in `positions.rope`
   window: int = 0  # places that a token sees to each side, its own included; 0: all
-  scan: bool = False  # as in `run_blocks`
-  remat: str = "none"  # a key of REMAT
+  scan: bool = False  # one block compiled and looped over, else all unrolled
+  remat: Literal[*REMAT] = "none"  # what is computed again for the gradient, to save memory
 
 
 def check_heads(width: int, heads: int, prefix: str = ""):

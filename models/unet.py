@@ -1,6 +1,6 @@
 """U-Net of residual and attention blocks (2006.11239 appendix B; 2105.05233 sec. 3)."""
 
-import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from models import vit
 from models.dit import Condition
 from models.transformer import split_by_example
-
-CHOICES = {"dtype": vit.CHOICES["dtype"]}
 
 
 def groups(channels: int) -> int:
@@ -82,11 +80,11 @@ class UNet(nn.Module):
   num_classes: int = 0  # 0: unconditional, any label is ignored
   learn_sigma: bool = False  # twice the channels out: [prediction | variance] (2102.09672)
   width: int = 128  # channels; level l, at 1/2^l of the resolution, has multipliers[l] as many
-  multipliers: tuple[int, ...] = (1, 2, 2, 2)
+  multipliers: tuple[int, ...] = (1, 2, 2, 2)  # of the width, a level each
   blocks: int = 2  # residual blocks of a level on the way down, one more on the way up
   attention_at: tuple[int, ...] = (16,)  # heights (pixels) of the levels that attend
   head_width: int | None = None  # features of an attention head; None: one head, whatever its width
-  scale_shift: bool = False
+  scale_shift: bool = False  # AdaGN, as in `ResidualBlock`
   dropout: float = 0.0  # rate, [0, 1)
   dtype: jnp.dtype = jnp.float32
 
@@ -137,13 +135,15 @@ class UNet(nn.Module):
                 kernel_init=nn.initializers.zeros)(x)
 
 
-# What `make` takes beside its own arguments, with types.
-FIELDS = {f.name: f.type for f in dataclasses.fields(UNet)
-          if f.name not in ("parent", "name", "dtype", "image_size", "channels", "num_classes")}
+def make(*, image_size, channels: int, num_classes: int = 0,
+         dtype: Literal[*vit.DTYPES] = "float32", **fields: UNet) -> UNet:
+  """A U-Net of any fields of `UNet`. Raises ValueError on sizes that do not fit together.
 
-
-def make(*, image_size, channels: int, num_classes: int = 0, dtype="float32", **fields) -> UNet:
-  """A U-Net of any fields of `UNet`. Raises ValueError on sizes that do not fit together."""
+  Args:
+    image_size, channels: of the data.
+    num_classes: of labels, None: as many as the data has; 0: none are given.
+    dtype: of computation.
+  """
   image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
   model = UNet(image_size=image_size, channels=channels, num_classes=num_classes,
                dtype=jnp.dtype(dtype), **fields)

@@ -1,18 +1,17 @@
 """Vision Transformer (2010.11929): patches, positions, a Transformer, pooling, a linear head."""
 
-import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 
 from models import layers, positions
-from models.attention import ATTENTION, Attention
+from models.attention import Attention
 from models.batch_norm import BatchNorm
-from models.blocks import PLACEMENTS
+from models.positions import KINDS, RESAMPLE
 from models.stems import STEMS, check_stem, first_filters
-from models.transformer import REMAT, SPREADS, Style, Transformer, check, choices
+from models.transformer import Style, Transformer, check, choices
 
 
 class Size(NamedTuple):
@@ -35,20 +34,12 @@ SIZES = {
 }
 
 POOLS = ("cls", "mean", "map", "none")
+DTYPES = ("float32", "bfloat16", "float16")
 PATCH_INITS = {  # what the kernel of the patch embedding starts from
   "lecun": nn.initializers.lecun_normal(),  # as big_vision's convolution
   "xavier": nn.initializers.xavier_uniform(),  # over the whole patch (MAE, MoCo v3)
   "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # PyTorch's convolution
 }
-
-# Fields whose value is a name, and the names: checked before anything is built.
-CHOICES = {"pool": POOLS, "patch_stem": STEMS, "positions": positions.KINDS,
-           "resample": positions.RESAMPLE, "activation": layers.ACTIVATIONS, "norm": layers.NORMS,
-           "kernel_init": layers.KERNEL_INITS, "drop_path_spread": SPREADS,
-           "patch_init": PATCH_INITS,
-           "placement": PLACEMENTS, "attention": ATTENTION, "remat": REMAT,
-           "dtype": ("float32", "bfloat16", "float16")}
-
 
 def parse_variant(variant: str) -> dict[str, int]:
   """`"B/16"` -> width, depth, mlp_dim, heads and patch. Raises ValueError on an unknown one."""
@@ -133,27 +124,27 @@ class ViT(Style, kw_only=True):
   image_size: tuple[int, int]  # pixels (h, w): what learned positions are made for
   channels: int
   patch: int  # pixels
-  width: int
-  depth: int
-  mlp_dim: int
-  heads: int
+  width: int  # features of a token
+  depth: int  # blocks
+  mlp_dim: int  # features inside an MLP
+  heads: int  # of attention; they divide the width
   num_classes: int = 0  # 0: no head, the pooled features are the output
-  patch_stem: str = "patches"  # a key of STEMS: what is embedded
-  pool: str = "cls"  # one of POOLS
+  patch_stem: Literal[*STEMS] = "patches"  # what is embedded
+  pool: Literal[*POOLS] = "cls"  # what the features are: class token, mean, attention, all tokens
   pool_before_norm: bool = False  # norm after pooling (timm's and MAE's fc_norm), not on tokens
   class_token: bool | None = None  # None: as the pooling needs
   class_position: bool = True  # with learned positions the class token has one too
   registers: int = 0  # tokens (2309.16588)
-  patch_bias: bool = True
-  patch_init: str = ""  # a key of PATCH_INITS; "": xavier with fused_init, else lecun
+  patch_bias: bool = True  # of the patch embedding
+  patch_init: Literal["", *PATCH_INITS] = ""  # "": xavier with fused_init, else lecun
   pre_norm: bool = False  # a norm before the first block too (CLIP)
-  positions: str = "learned"  # one of positions.KINDS
+  positions: Literal[*KINDS] = "learned"
   position_init: float = 0.02  # standard deviation of learned ones at the start
   token_init: float = 0.02  # that of the class token and of registers
-  resample: str = "antialias"
+  resample: Literal[*RESAMPLE] = "antialias"  # positions to another grid
   pre_logits: int = 0  # features of a dense layer with tanh before the head (2010.11929); 0: none
   head_init: float = 0.0  # standard deviation of the head's kernel at the start; 0: zeros
-  head_bias_init: float = 0.0
+  head_bias_init: float = 0.0  # the head's bias at the start
   probe_norm: bool = False  # batch norm, without scale and bias, before the head (MAE's probe)
   bn_groups: int = 1  # of that: see `models.batch_norm.BatchNorm`
   read_by: int = 0  # depth of a decoder that reads its tokens: for DeepNorm
@@ -291,11 +282,6 @@ class ViT(Style, kw_only=True):
     return self.head(self.head_norm(features, train=train) if self.probe_norm else features), out
 
 
-# What `make` takes beside its own arguments, with types.
-FIELDS = {f.name: f.type for f in dataclasses.fields(ViT)
-          if f.name not in ("parent", "name", "dtype", "image_size", "channels", "num_classes")}
-
-
 def check_patch(image_size: tuple[int, int], patch: int):
   """Raises ValueError where an image cannot be cut into patches."""
   if patch < 1:
@@ -306,9 +292,15 @@ def check_patch(image_size: tuple[int, int], patch: int):
                      "augment.image_size to a multiple of it")
 
 
-def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0, dtype="float32",
-         **fields) -> ViT:
+def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0,
+         dtype: Literal[*DTYPES] = "float32", **fields: ViT) -> ViT:
   """A ViT by `variant` ("B/16") and any field of `ViT`, which goes before the variant's.
+
+  Args:
+    variant: a size of SIZES and the patch in pixels, such as "B/16".
+    image_size, channels: of the data.
+    num_classes: of labels, for the head; 0: no head. None: as many as the data has.
+    dtype: of computation.
 
   Raises ValueError on an unknown variant or sizes that do not fit together.
   """

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from input_pipeline import augment, image_ops
+from trainer import fields
 from trainer import recipe as recipes
 
 LEVEL = 1 / 255
@@ -561,9 +562,9 @@ def test_two_cuts_become_the_two_views():
 
 def test_the_config_section_is_checked():
   section = dict(image_size=8, blur=0.5, second_view={})
-  assert recipes.arguments(augment.make, ConfigDict(section), "augment") == section
+  assert fields.arguments(augment.make, ConfigDict(section), "augment") == section
   with pytest.raises(ValueError, match=r"config\.augment\.flipp.*did you mean 'flip'"):
-    recipes.arguments(augment.make, dict(flipp=True), "augment")
+    fields.arguments(augment.make, dict(flipp=True), "augment")
 
 
 @pytest.mark.parametrize("wrong, message", [

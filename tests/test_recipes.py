@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from input_pipeline import batches
 from input_pipeline.sources import Info
-from trainer import optimizer, recipe
+from trainer import fields, optimizer, recipe
 
 IMAGES = 1_281_167
 KERNELS = r"kernel$"
@@ -263,7 +263,7 @@ def built(name: str):
   batch["image"] = jax.ShapeDtypeStruct(batch["image"].shape, np.float32)
   params, _ = jax.eval_shape(method.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
   _, rate = recipe.make_optimizer(config, row.train_size)
-  tx, _ = recipe.call(optimizer.make, config.optimizer, "optimizer", batch_size=row.batch,
+  tx, _ = fields.call(optimizer.make, config.optimizer, "optimizer", batch_size=row.batch,
                       schedule=lambda step: 1.0)
   return config, recipe.make_model(config), params, tx, rate
 

@@ -14,6 +14,7 @@ from input_pipeline import sources
 from methods import supervised
 from models import resnet, vit
 from models.batch_norm import BatchNorm
+from trainer import fields as section
 from trainer import recipe, sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -222,7 +223,7 @@ def test_initial_values(zero_init):
 ])
 def test_bad_fields(fields, message):
   with pytest.raises(ValueError, match=message):
-    recipe.call(resnet.make, fields, "model", image_size=32, channels=3)
+    section.call(resnet.make, fields, "model", image_size=32, channels=3)
 
 
 # --- Supervised learning with it ------------------------------------------------------------------

@@ -417,7 +417,7 @@ def test_vit_and_mae_tell_the_transformer_of_places(kind):
                              encode(None, image, (4, 2), large, expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", text.CHOICES["positions"])
+@pytest.mark.parametrize("kind", text.POSITIONS)
 def test_text_positions(kind):
   tower = text.TextTower(20, 8, 9, 0, width=D, depth=1, heads=HEADS, mlp_dim=12, positions=kind,
                          clip_init=False, causal=False)

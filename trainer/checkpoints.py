@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 
-from trainer import recipe, sharding
+from trainer import fields, recipe, sharding
 from trainer.logging import read_metrics
 from trainer.state import TrainState, with_statistics
 
 # Of a checkpoint; those without arrays are left out.
 ITEMS = ("params", "opt", "extra", "ema", "ema_statistics")
 TOKENIZER = "tokenizer.json"  # in the run directory, of runs on text
-CHOICES = {"on_error": ("raise", "warn"), "best_mode": ("max", "min")}
 log = logging.getLogger("vitrine")
 
 
@@ -106,8 +105,10 @@ class Checkpoints:
 
   def __init__(self, workdir, *, every_steps: int | None = None,
                every_minutes: float | None = None, keep: int | None = 2,
-               keep_every_steps: int | None = None, best: str = "", best_mode: str = "max",
-               on_error: str = "raise", metadata: Mapping | None = None, read_only: bool = False):
+               keep_every_steps: int | None = None, best: str = "",
+               best_mode: Literal["max", "min"] = "max",
+               on_error: Literal["raise", "warn"] = "raise", metadata: Mapping | None = None,
+               read_only: bool = False):
     if keep is not None and keep < 1:
       raise ValueError(f"config.checkpoint.keep = {keep}: at least 1, or none to keep all")
     self.directory = epath.Path(workdir).absolute() / "checkpoints"
@@ -261,7 +262,7 @@ def load_config(workdir) -> ConfigDict:
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
-  defaults = recipe.find_module("configs", "base", "").get_base().to_dict()
+  defaults = fields.find_module("configs", "base", "").get_base().to_dict()
   config = {**defaults, **json.loads(path.read_text())}
   if config["augment"].get("crop_area") and "eval_crop" not in config["augment"]:
     config["augment"]["eval_crop"] = 0.875  # what went with random crops, before it was a field
@@ -311,12 +312,12 @@ def load_run(workdir, step: int | None = None) -> Run:
   def preprocess(images):
     if config.data.get("latents"):
       return normalise(images)
-    geometry = recipe.find_module("input_pipeline", "geometry", "")
+    geometry = fields.find_module("input_pipeline", "geometry", "")
     return normalise(geometry.evaluation_pixels(recipe.make_views(config)[0], images))
 
   tokenizer, path = None, epath.Path(workdir) / TOKENIZER
   if path.exists():
-    tokenizers = recipe.find_module("input_pipeline", "batches", "").text
+    tokenizers = fields.find_module("input_pipeline", "batches", "").text
     tokenizer = tokenizers.from_json(path.read_text())
     config.data.tokenizer = str(path)  # other captions would give another one
   return Run(config, method, params, extra, step, predict, preprocess, normalise,
@@ -343,7 +344,7 @@ def make_predict(method, weights: Callable, out_sharding=None) -> Callable:
 
   def predict(name, batch, rng=None):
     if name not in compiled:
-      raise ValueError(f"no prediction {name!r}: {recipe.nearest(name, sorted(compiled))}")
+      raise ValueError(f"no prediction {name!r}: {fields.nearest(name, sorted(compiled))}")
     rng = jax.random.key(0) if rng is None else rng
     batch = {key: jnp.asarray(x) for key, x in batch.items()}
     return jax.tree.map(np.asarray, compiled[name](*weights(), batch, rng))

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from trainer import checkpoints, sharding
-from trainer import recipe as recipes
+from trainer import checkpoints, fields, sharding
 from trainer.state import make_init
 
 
@@ -56,7 +55,7 @@ def make_collect(recipe, weights: Mapping[str, Callable]) -> Callable:
   def collect(name, split, *keys, params="trained", limit=None):
     """Prediction `name` over the first `limit` examples of a split, in order, each once."""
     if name != "pixels" and name not in method.predict:
-      raise ValueError(f"no prediction {name!r}: {recipes.nearest(name, sorted(method.predict))}")
+      raise ValueError(f"no prediction {name!r}: {fields.nearest(name, sorted(method.predict))}")
     variables = weights[params]() if params else ({}, {})
     rows, parts, count = sharding.local_rows(batch_size, mesh), [], 0
     for index, batch in enumerate(recipe.data.eval(split, batch_size, rows)):
@@ -94,11 +93,11 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
                       data.tokenizer and data.tokenizer.decode, checkpoints.load_run)
     metrics = {}
     for label, section in config.evals.items():
-      fields = section.to_dict()
-      module = recipes.find_module("evaluators", fields.pop("name", label), f"config.evals.{label}")
+      section = section.to_dict()
+      module = fields.find_module("evaluators", section.pop("name", label), f"config.evals.{label}")
       if not final:
-        fields.pop("baselines", None)
-      result = recipes.call(module.evaluate, fields, f"evals.{label}", context=context)
+        section.pop("baselines", None)
+      result = fields.call(module.evaluate, section, f"evals.{label}", context=context)
       metrics.update({f"{label}/{key}": float(value) for key, value in result.items()})
     return metrics
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from trainer import checkpoints, evaluation, sharding, transfer
+from trainer import checkpoints, evaluation, fields, sharding, transfer
 from trainer import recipe as recipes
 from trainer import report as reports
 from trainer.logging import Reporter, duration, print_evaluations
@@ -181,14 +181,14 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     abstract, shardings = abstract_state(recipe, init)
     taken = None
     if config.init and not checkpoints.exist(workdir):
-      taken = recipes.call(transfer.take, config.init, "init", config=config, state=abstract,
+      taken = fields.call(transfer.take, config.init, "init", config=config, state=abstract,
                            method=recipe.method)
   except (ValueError, FileNotFoundError) as error:  # what only the parameters' shapes can tell
     raise TrainingError(str(error)) from error
   check_same_run(workdir, facts["config"])
   if recipe.data.tokenizer:
     keep_tokenizer(workdir / checkpoints.TOKENIZER, recipe.data.tokenizer.to_json())
-  store = recipes.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
+  store = fields.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
                        metadata=facts)
   restored = store.restore(abstract, {
     "ema_statistics": lambda items: statistics(recipe.method, items["extra"])})

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax
 import numpy as np
@@ -127,7 +128,12 @@ def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 def _lars(learning_rate, weight_decay, mask, *, momentum: float = 0.9,
           trust_coefficient: float = 0.001):
-  """LARS (1708.03888) with the rate after the momentum, as PyTorch's SGD has it."""
+  """LARS (1708.03888) with the rate after the momentum, as PyTorch's SGD has it.
+
+  Args:
+    momentum: of the scaled gradients.
+    trust_coefficient: factor on the ratio of norms.
+  """
   return optax.chain(optax.add_decayed_weights(weight_decay, mask),
                      optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient),
                                   mask),
@@ -135,6 +141,12 @@ def _lars(learning_rate, weight_decay, mask, *, momentum: float = 0.9,
 
 
 def _sgd(learning_rate, weight_decay, mask, *, momentum: float = 0.9, nesterov: bool = False):
+  """Stochastic gradient descent.
+
+  Args:
+    momentum: of the gradients.
+    nesterov: whether it looks ahead.
+  """
   return optax.chain(optax.add_decayed_weights(weight_decay, mask),
                      optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov))
 
@@ -143,7 +155,11 @@ def _muon(learning_rate, weight_decay, mask, *, beta: float = 0.95, ns_steps: in
           consistent_rms: float | None = 0.2, b1: float = 0.9, b2: float = 0.95):
   """Muon on the matrices of the blocks (query, key and value apart), AdamW on all else.
 
-  `consistent_rms=0.2` gives updates AdamW's scale, so that one rate serves both (2502.16982).
+  Args:
+    beta: momentum.
+    ns_steps: Newton-Schulz iterations.
+    consistent_rms: 0.2 gives updates AdamW's scale, so that one rate serves both (2502.16982).
+    b1, b2: AdamW's.
   """
   axes = {"qkv_kernel": contrib.MuonDimensionNumbers(1, (3, 4)),             # layer d 3 k h
           "out/kernel": contrib.MuonDimensionNumbers((1, 2), 3),             # layer k h d
@@ -184,6 +200,13 @@ def _scale_by_raw_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
 def _adamw(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.999,
            eps: float = 1e-8, debias: bool = True):
+  """AdamW (1711.05101).
+
+  Args:
+    b1, b2: decay of the first and the second moment.
+    eps: added to the root of the second.
+    debias: whether both are divided by what their start at 0 costs; 1810.04805's code does not.
+  """
   if debias:
     return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
   return optax.chain(_scale_by_raw_adam(b1, b2, eps),
@@ -197,7 +220,12 @@ def _lamb(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.9
 
   The trust ratio is of the tensors that decay: without it a bias, a norm or layer scale moves as
   under Adam, where with it one that starts near zero could grow by a factor of 1 + rate a step
-  only. `always_adapt` gives it to all.
+  only.
+
+  Args:
+    b1, b2: decay of the first and the second moment.
+    eps: added to the root of the second.
+    always_adapt: gives the ratio to all.
   """
   adapted = (lambda params: jax.tree.map(lambda _: True, params)) if always_adapt else (
     mask if weight_decay else (lambda params: jax.tree.map(lambda _: False, params)))
@@ -208,6 +236,12 @@ def _lamb(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.9
 
 
 def _lion(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.99):
+  """Lion (2302.06675).
+
+  Args:
+    b1: share of the moment in the update.
+    b2: decay of the moment.
+  """
   return optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)
 
 
@@ -216,9 +250,14 @@ def _adafactor(learning_rate, weight_decay, mask, *, decay_rate: float = 0.8,
                beta2_cap: float = 0.999, min_dim_size_to_factor: int = 32):
   """Adafactor as 2106.04560 sec. 3.4 and its authors' code have it.
 
-  No scale by the parameter's own and no clipping of the update; a first moment, not debiased; a
-  second one of beta2 = 1 - t^-decay_rate, at most beta2_cap, factored where two sides are at least
-  min_dim_size_to_factor.
+  No scale by the parameter's own and no clipping of the update; a first moment, not debiased.
+
+  Args:
+    decay_rate: the second moment's beta2 at step t is 1 - t^-decay_rate.
+    momentum: of the first moment; 0 = none.
+    clipping_threshold: root mean square that an update is clipped to; None = not clipped.
+    beta2_cap: beta2 is this at most.
+    min_dim_size_to_factor: the second moment is factored where two sides are at least this.
   """
   return optax.chain(
     optax.scale_by_factored_rms(
@@ -235,15 +274,13 @@ def _adafactor(learning_rate, weight_decay, mask, *, decay_rate: float = 0.8,
 OPTIMIZERS: Mapping[str, tuple[Callable, bool]] = {
   "adamw": (_adamw, False), "sgd": (_sgd, False), "lars": (_lars, True), "lamb": (_lamb, True),
   "adafactor": (_adafactor, True), "lion": (_lion, False), "muon": (_muon, False)}
-CHOICES = {"name": OPTIMIZERS}
-FIELDS = {p.name: p.annotation for function, _ in OPTIMIZERS.values()
-          for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY}
 
 
-def make(*, schedule: Callable, batch_size: int, name: str = "adamw", lr: float | None = None,
-         base_lr: float | None = None, weight_decay: float = 0.0, decay: str = r"kernel$",
-         frozen: str | None = None, tuned_blocks: int | None = None, layer_decay: float = 1.0,
-         clip_norm: float | None = None, **options):
+def make(*, schedule: Callable, batch_size: int, name: Literal[*OPTIMIZERS] = "adamw",
+         lr: float | None = None, base_lr: float | None = None, weight_decay: float = 0.0,
+         decay: str = r"kernel$", frozen: str | None = None, tuned_blocks: int | None = None,
+         layer_decay: float = 1.0, clip_norm: float | None = None,
+         **options: tuple(function for function, _ in OPTIMIZERS.values())):
   """Returns (optax transformation, step -> learning rate).
 
   Args:

@@ -5,92 +5,23 @@ anything runs, and errors speak in the config's words.
 """
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import inspect
 import json
-import types
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from trainer import optimizer, schedule, sharding
+from trainer import fields, optimizer, schedule, sharding
 
 UNITS = ("steps", "epochs", "examples")
 SHORT = {"init": "init.run"}  # what --config.NAME=VALUE of a whole section means
 # What the data says of a model's inputs and outputs, to models that ask for it.
 FROM_TEXT = ("vocab_size", "context", "eos_id", "pad_id", "mask_id", "starts")
 FROM_DATA = ("image_size", "channels", "num_classes", *FROM_TEXT)
-
-
-def nearest(name: str, allowed) -> str:
-  """The end of an error message: what was probably meant, or all that is allowed."""
-  close = difflib.get_close_matches(str(name), [str(a) for a in allowed], 1)
-  return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(map(str, allowed))}"
-
-
-def find_module(folder: str, name: str, field: str):
-  """The module FOLDER/NAME.py. Raises ValueError with the nearest name."""
-  if importlib.util.find_spec(f"{folder}.{name}") is None or not str(name).isidentifier():
-    root = Path(importlib.import_module(folder).__path__[0])
-    raise ValueError(f"{field} = {name!r}: no {folder}/{name}.py; "
-                     + nearest(name, sorted(path.stem for path in root.glob("*.py"))))
-  return importlib.import_module(f"{folder}.{name}")
-
-
-def _simple_types(hint) -> tuple:
-  """(int, None) for `int | None`; () for an annotation that is not made of simple types."""
-  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  simple = (bool, int, float, str, types.NoneType)
-  return options if all(option in simple for option in options) else ()
-
-
-def _check_type(value, hint, field: str):
-  """Raises ValueError unless a value is of a (simple) annotated type; int counts as float."""
-  options = _simple_types(hint)
-  if options and type(value) not in options and not (type(value) is int and float in options):
-    names = " or ".join("None" if o is types.NoneType else o.__name__ for o in options)
-    raise ValueError(f"{field} = {value!r}: expected {names}")
-
-
-def arguments(function: Callable, section: Mapping, field: str, **provided) -> dict:
-  """The keyword arguments of a call, after checking the section's names, types and choices.
-
-  What is provided and not asked for is left out; the section goes before what is provided; None
-  stands for the default where the function does not take None. The function's module may say
-  CHOICES (field -> allowed names) and FIELDS (what its ** takes -> type).
-  """
-  module = inspect.getmodule(function)
-  signature = inspect.signature(function).parameters.values()
-  allowed = {**getattr(module, "FIELDS", {}),
-             **{p.name: p.annotation for p in signature if p.kind != p.VAR_KEYWORD}}
-  choices = getattr(module, "CHOICES", {})
-  section = section.to_dict() if isinstance(section, ConfigDict) else section
-  section = {name: tuple(v) if isinstance(v, list) else v for name, v in section.items()}
-  result = {name: value for name, value in provided.items() if name in allowed}
-  for name, value in section.items():
-    if name not in allowed:
-      raise ValueError(f"config.{field}.{name}: unknown field; " + nearest(name, sorted(allowed)))
-    if value is None and types.NoneType not in (_simple_types(allowed[name]) or (types.NoneType,)):
-      continue
-    if name in choices and value not in choices[name]:
-      raise ValueError(f"config.{field}.{name} = {value!r}: " + nearest(value, choices[name]))
-    _check_type(value, allowed[name], f"config.{field}.{name}")
-    result[name] = value
-  try:
-    inspect.signature(function).bind(**result)
-  except TypeError as error:  # an argument that has no default and that nobody gave
-    raise ValueError(f"config.{field}: {error}") from error
-  return result
-
-
-def call(function: Callable, section: Mapping, field: str, **provided) -> Any:
-  """function(**provided, **section), checked as `arguments` says."""
-  return function(**arguments(function, section, field, **provided))
 
 
 def steps(section: Mapping, name: str, batch_size: int, train_size: int,
@@ -119,21 +50,27 @@ def in_steps(section: Mapping, names: tuple[str, ...], batch_size: int, train_si
 
 # --- Config files and overrides -------------------------------------------------------------------
 
-def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-  """`configs/NAME.py:VARIANT` -> its ConfigDict, with overrides such as "optimizer.lr": "1e-3"."""
+def config_module(name: str):
+  """The module `configs/NAME.py` of `configs/NAME.py:VARIANT`. Raises ValueError."""
   path, _, variant = name.partition(":")
   path = Path(path if path.endswith(".py") else f"{path}.py")
   if not path.is_file():
     found = sorted(map(str, path.parent.glob("*.py")))
-    raise ValueError(f"--config={name}: no file {path}; " + nearest(path, found))
+    raise ValueError(f"--config={name}: no file {path}; " + fields.nearest(path, found))
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if variant not in module.VARIANTS:
     raise ValueError(f"--config={name}: {path} has no variant {variant!r}; "
-                     + nearest(variant, [v for v in module.VARIANTS if v]))
+                     + fields.nearest(variant, [v for v in module.VARIANTS if v]))
+  return module
+
+
+def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+  """`configs/NAME.py:VARIANT` -> its ConfigDict, with overrides such as "optimizer.lr": "1e-3"."""
+  module, (path, _, variant) = config_module(name), name.partition(":")
   config = module.get_config(variant)
-  config.config_name = path.stem + (f":{variant}" if variant else "")
+  config.config_name = Path(path).stem + (f":{variant}" if variant else "")
   for key, text in (overrides or {}).items():
     override(config, key, text)
   return config
@@ -160,7 +97,7 @@ def override(config: ConfigDict, key: str, text: str):
   for i, section in enumerate(sections):
     if section not in node:
       if i == 0:
-        raise ValueError(f"config.{key}: unknown section; " + nearest(section, sorted(node)))
+        raise ValueError(f"config.{key}: unknown section; " + fields.nearest(section, sorted(node)))
       node[section] = ConfigDict()
     node = node[section]
     if not isinstance(node, ConfigDict):
@@ -171,7 +108,7 @@ def override(config: ConfigDict, key: str, text: str):
       if f"{stem}_{other}" in node and other != unit:
         del node[f"{stem}_{other}"]
   elif not sections and leaf not in node:
-    raise ValueError(f"config.{key}: unknown field; " + nearest(leaf, sorted(node)))
+    raise ValueError(f"config.{key}: unknown field; " + fields.nearest(leaf, sorted(node)))
   old = node.get(leaf)
   if value is None and (isinstance(old, ConfigDict) and sections or sections == ["evals"]):
     if leaf in node:  # an evaluator that is not wanted
@@ -239,9 +176,9 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   model.channels = model.get("channels") or c
   if model.channels != c:
     raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
-  module = find_module("models", model.name, "config.model.name")
-  for name, allowed in getattr(module, "CHOICES", {}).items():
-    if "none" in allowed and name in model and model[name] is None:
+  module = fields.find_module("models", model.name, "config.model.name")
+  for name, field in fields.accepted(module.make).items():
+    if "none" in fields.choices(field.hint) and name in model and model[name] is None:
       model[name] = "none"
   for name in inspect.signature(module.make).parameters if tokenizer else ():
     if name in FROM_TEXT:
@@ -256,43 +193,44 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
 def make_augment(config: ConfigDict):
   """What the device does with images that the views cut."""
   latents = config.data.get("latents")
-  module = find_module("input_pipeline", "latents" if latents else "augment", "")
-  return call(module.make, config.augment, "augment", latents=latents,
+  module = fields.find_module("input_pipeline", "latents" if latents else "augment", "")
+  return fields.call(module.make, config.augment, "augment", latents=latents,
               batch_size=config.data.get("batch_size"))
 
 
 def make_views(config: ConfigDict) -> tuple:
   """How the host cuts images: `geometry.View`s."""
-  return find_module("input_pipeline", "geometry", "").views(config.augment.to_dict())
+  return fields.find_module("input_pipeline", "geometry", "").views(config.augment.to_dict())
 
 
 def make_model(config: ConfigDict):
   """The network of a config that `fill_from_data` has completed."""
-  name, fields = split_name(config.model, "model")
-  make = find_module("models", name, "config.model.name").make
-  from_data = {key: fields.pop(key) for key in FROM_DATA if key in fields}
-  return call(make, fields, "model", dtype=config.dtype, **from_data)
+  name, section = split_name(config.model, "model")
+  make = fields.find_module("models", name, "config.model.name").make
+  from_data = {key: section.pop(key) for key in FROM_DATA if key in section}
+  fields.check(config.dtype, fields.accepted(make)["dtype"].hint, "config.dtype")
+  return fields.call(make, section, "model", dtype=config.dtype, **from_data)
 
 
 def make_method(config: ConfigDict):
   """The method, on its model, of a config that `fill_from_data` has completed."""
   model = make_model(config)
-  name, fields = split_name(config.method, "method")
-  make = find_module("methods", name, "config.method.name").make
-  return call(make, fields, "method", model=model, total_steps=config.total_steps,
+  name, section = split_name(config.method, "method")
+  make = fields.find_module("methods", name, "config.method.name").make
+  return fields.call(make, section, "method", model=model, total_steps=config.total_steps,
               batch_size=config.data.batch_size // config.accumulate)
 
 
 def make_data(config: ConfigDict, data_dir: str | None):
   """The input pipeline, with the cuts of config.augment."""
-  return call(find_module("input_pipeline", "batches", "").make, config.data, "data",
+  return fields.call(fields.find_module("input_pipeline", "batches", "").make, config.data, "data",
               data_dir=data_dir, seed=config.seed, views=make_views(config))
 
 
 def stand_in(config: ConfigDict):
   """What `make_data` gives, by its shapes alone: for planning and timing without the data set."""
   model, mean = config.model, config.augment.get("mean", 0.5)
-  return find_module("input_pipeline", "batches", "").stand_in(
+  return fields.find_module("input_pipeline", "batches", "").stand_in(
     config.data.source, config.data.batch_size, config.augment.get("image_size"),
     model.get("channels") or (len(mean) if isinstance(mean, (tuple, list)) else None),
     model.get("num_classes") or 0, views=len(make_views(config)),
@@ -312,20 +250,17 @@ def make_optimizer(config: ConfigDict, train_size: int):
   batch_size = config.data.batch_size
   section = in_steps(config.schedule, ("warmup", "cooldown", "hold", "delay"), batch_size,
                      train_size)
-  multiplier = call(schedule.make, section, "schedule", total_steps=config.total_steps)
-  return call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
+  multiplier = fields.call(schedule.make, section, "schedule", total_steps=config.total_steps)
+  return fields.call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
               schedule=multiplier)
 
 
 def check_evals(evals: Mapping):
-  """Raises ValueError where an evaluator or one of its arguments does not exist."""
+  """Raises ValueError where an evaluator does not exist, or does not take what is said of it."""
   for label, section in evals.items():
-    module = find_module("evaluators", section.get("name", label), f"config.evals.{label}")
-    allowed = {*inspect.signature(module.evaluate).parameters, "name"} - {"context"}
-    for key in section:
-      if key not in allowed:
-        raise ValueError(f"config.evals.{label}.{key}: unknown field; "
-                         + nearest(key, sorted(allowed)))
+    section = {**section}
+    module = fields.find_module("evaluators", section.pop("name", label), f"config.evals.{label}")
+    fields.arguments(module.evaluate, section, f"evals.{label}", context=None)
 
 
 class Recipe(NamedTuple):
@@ -349,8 +284,8 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
 
   `data` and `devices` stand in for the config's data set and the devices of this machine.
   """
-  config = find_module("trainer", "transfer", "").fill(config)
-  mesh = call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
+  config = fields.find_module("trainer", "transfer", "").fill(config)
+  mesh = fields.call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
   data = make_data(config, data_dir) if data is None else data
   train_size = data.info.num_examples[data.train_split]
   config = fill_from_data(config, data.info, train_size, data.tokenizer)
@@ -369,8 +304,8 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   check_evals(config.evals)
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.
-  arguments(find_module("trainer", "checkpoints", "").Checkpoints, checkpoint, "checkpoint",
-            workdir="")
+  store = fields.find_module("trainer", "checkpoints", "").Checkpoints
+  fields.arguments(store, checkpoint, "checkpoint", workdir="", metadata=None, read_only=None)
   return Recipe(config, mesh, data, augment, method, tx, rate, config.total_steps,
                 max(1, steps(config, "log_every", batch_size, train_size, 50)),
                 steps(config, "eval_every", batch_size, train_size, 0),

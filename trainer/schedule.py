@@ -1,6 +1,7 @@
 """Learning-rate schedules as multipliers of the peak rate: step -> [0, 1]."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
@@ -15,10 +16,9 @@ DECAYS: Mapping[str, Callable] = {
   "multistep": lambda steps, end, timescale, drops: optax.piecewise_constant_schedule(
     1.0, {round(steps * at): 0.1 for at in drops}),
 }
-CHOICES = {"name": DECAYS}
 
 
-def make(*, total_steps: int, name: str = "cosine", warmup_steps: int = 0,
+def make(*, total_steps: int, name: Literal[*DECAYS] = "cosine", warmup_steps: int = 0,
          warmup_from: float = 0.0, cooldown_steps: int = 0, end: float = 0.0,
          timescale: float = 10_000.0, drops: tuple[float, ...] = (), from_start: bool = False,
          hold_steps: int = 1, delay_steps: int = 0) -> Callable:

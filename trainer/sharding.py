@@ -28,6 +28,12 @@ BATCH = PartitionSpec(("data", "fsdp"))
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
   """A mesh with axes data, fsdp, tensor; one size may be -1 and takes the devices that are left.
 
+  Args:
+    data: devices that share a batch, each with all parameters.
+    fsdp: devices that share a batch and the parameters.
+    tensor: devices that share heads and MLPs (1909.08053).
+    devices: which; None = all.
+
   Raises ValueError where the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from trainer import checkpoints, recipe
+from trainer import checkpoints, fields, recipe
 from trainer.optimizer import path_name
 from trainer.state import statistics, with_statistics
 
@@ -26,14 +26,14 @@ class Taken(NamedTuple):
 
 def image_network(config: ConfigDict) -> tuple[str, Any]:
   """(its path in the parameters, the network itself) of a completed config's model."""
-  module = recipe.find_module("models", config.model.name, "config.model.name")
+  module = fields.find_module("models", config.model.name, "config.model.name")
   path, model = getattr(module, "IMAGE_NETWORK", ""), recipe.make_model(config)
   return path, getattr(model, path) if path else model
 
 
 def text_network(config: ConfigDict) -> str:
   """Its path in the parameters of a config's model. Raises ValueError where there is none."""
-  module = recipe.find_module("models", config.model.name, "config.model.name")
+  module = fields.find_module("models", config.model.name, "config.model.name")
   if not hasattr(module, "TEXT_NETWORK"):
     raise ValueError(f"config.init.text_run: a model {config.model.name} has no text network that "
                      "runs share")
@@ -50,22 +50,22 @@ def fill(config: ConfigDict) -> ConfigDict:
   """
   if not config.init:
     return config
-  section = recipe.arguments(take, config.init, "init", config=config, state=None, method=None)
+  section = fields.arguments(take, config.init, "init", config=config, state=None, method=None)
   config = ConfigDict(config.to_dict())
   if section.get("text_run") and "vocab_size" not in config.model:  # it has, in a finished run
     here, run = text_network(config), section["text_run"]
     there = checkpoints.load_config(run)
-    fields = recipe.find_module("models", "adapt", "").text_fields(
+    texts = fields.find_module("models", "adapt", "").text_fields(
       getattr(recipe.make_model(there), text_network(there)))
-    config.model = {**{f"{here}_{name}": value for name, value in fields.items()},
+    config.model = {**{f"{here}_{name}": value for name, value in texts.items()},
                     **config.model.to_dict()}
     if not str(config.data.get("tokenizer")).endswith(".json"):
       config.data.tokenizer = str(Path(run) / checkpoints.TOKENIZER)
   if config.model.get("name"):  # a finished run needs no other one
     return config
   there = checkpoints.load_config(_given(section.get("run")))
-  fields = recipe.find_module("models", "adapt", "").fields(image_network(there)[1])
-  config.model = {**fields, **config.model.to_dict()}
+  adapt = fields.find_module("models", "adapt", "")
+  config.model = {**adapt.fields(image_network(there)[1]), **config.model.to_dict()}
   for name in ("mean", "std"):
     if name in there.augment and config.augment.get(name) is None:
       config.augment[name] = there.augment[name]
@@ -106,7 +106,7 @@ def take(config: ConfigDict, state, method, *, run: str = "", source: str | None
                             here_path if into is None else into)
   given, notes = _part(loaded.params, source_path), {}
   if (source_path, into_path) == (there_path, here_path):
-    given, notes = recipe.find_module("models", "adapt", "").adapt(given, there, here)
+    given, notes = fields.find_module("models", "adapt", "").adapt(given, there, here)
   wanted = _part(state.params, into_path)
   rows, params, wrong = [], {}, []
   for name, x in wanted.items():
@@ -155,7 +155,7 @@ def resized(run, config: ConfigDict):
     raise ValueError(f"config.model.patch = {here.patch} makes {here.grid} patches of images of "
                      f"{here.image_size} pixels; the run has {there.grid}: keep as many")
   prefix = f"{path}/" if path else ""
-  part, _ = recipe.find_module("models", "adapt", "").adapt(_part(run.params, path), there, here)
+  part, _ = fields.find_module("models", "adapt", "").adapt(_part(run.params, path), there, here)
   part = {prefix + name: array for name, array in part.items()}
   params = jax.tree.map_with_path(lambda at, x: part.get(path_name(at), x), run.params)
   return run._replace(params=params, config=config)
