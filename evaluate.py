@@ -25,7 +25,7 @@ from trainer import environment, report
 def classify_images(run, pattern: str, classes: str, templates: list[str]) -> list[dict]:
   """[{"image": path, class: probability, ...}] of the files that `pattern` matches."""
   from evaluators import retrieval, zero_shot
-  from input_pipeline import sources
+  from input_pipeline.decode import decode
   if run.tokenize is None:
     raise ValueError("--zero_shot.classes needs a run on images and texts, as of configs/clip.py")
   paths = sorted(glob.glob(pattern, recursive=True))
@@ -36,7 +36,7 @@ def classify_images(run, pattern: str, classes: str, templates: list[str]) -> li
     lambda prompts: retrieval.embed_text(run.predict, run.tokenize(prompts)), names, templates)
   scale, rows = run.predict("logit_scale", {}), []
   for path in paths:
-    pixels = sources.decode({"image": Path(path), "name": path}, run.config.model.channels)
+    pixels = decode({"image": Path(path), "name": path}, run.config.model.channels)
     image = run.predict("embed_image", {"image": run.preprocess(pixels[None])})
     chances = zero_shot.classify(image, text, scale)[0]
     rows.append({"image": path, **dict(zip(names, map(float, chances)))})

@@ -10,34 +10,6 @@ from matplotlib.figure import Figure
 from evaluators import checks
 
 
-def num_classes(context, evaluator):
-  """Number of classes of the data; a ValueError naming `evaluator` where it has no labels."""
-  if not context.info.num_classes:
-    raise ValueError(f"evals.{evaluator} needs labels; this data source has none")
-  return context.info.num_classes
-
-
-def topk(scores, labels):
-  """Top-1 accuracy, and top-5 where there are more than five classes.
-
-  Equal scores rank in class order, as under argmax. A label scored -inf or NaN is never a hit, so
-  neither a class without a vote nor a diverged network counts as right.
-
-  Args:
-    scores: [B, classes] array, higher is more likely.
-    labels: int [B] array.
-
-  Returns:
-    {"top1": float, "top5": float}, in [0, 1].
-  """
-  own = np.take_along_axis(scores, labels[:, None], axis=1)  # b 1
-  earlier = np.arange(scores.shape[1]) < labels[:, None]  # b classes
-  rank = np.sum((scores > own) | (scores == own) & earlier, axis=1)  # b
-  scored = own[:, 0] > -np.inf  # b
-  ks = (1, 5) if scores.shape[1] > 5 else (1,)
-  return {f"top{k}": float(np.mean((rank < k) & scored)) for k in ks}
-
-
 def confusion(labels, predicted, classes: int):
   """How many examples of each class (rows) were taken for each class (columns): int [C, C]."""
   return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
@@ -89,10 +61,10 @@ def evaluate(context, pairs: int = 25):
     ValueError: `pairs` below 0, data without labels.
   """
   checks.at_least("classification", pairs=(pairs, 0))
-  classes = num_classes(context, "classification")
+  classes = checks.num_classes(context, "classification")
   logits, batch = context.collect("logits", context.eval_split, "label", params="trained")
   loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-  metrics = topk(logits, batch["label"]) | {"loss": float(loss.mean())}
+  metrics = checks.topk(logits, batch["label"]) | {"loss": float(loss.mean())}
   if context.final and pairs:
     counts = confusion(batch["label"], logits.argmax(1), logits.shape[1])
     names = [textwrap.shorten(str(name), 24) for name in context.info.class_names or range(classes)]

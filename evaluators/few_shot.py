@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evaluators import classification, knn
+from evaluators import checks, knn
 
 
 def fit(x, labels, classes: int, l2: float):
@@ -74,7 +74,7 @@ def evaluate(context, shots: tuple[int, ...] = (5, 10), draws: int = 5, l2: floa
         kernel, bias = fit((few - mean) / std, labels[chosen], classes, l2)
         kernel = kernel / std[:, None]
         scores = test_x.astype(np.float64) @ kernel + (bias - mean @ kernel)  # b classes
-        row[draw] = classification.topk(scores, test_labels)["top1"]
+        row[draw] = checks.topk(scores, test_labels)["top1"]
     return {f"{n}shot/{key}": value for n, row in zip(shots, top1) for key, value in
             (("top1", row.mean()), ("top1_std", row.std(ddof=1)))}
 

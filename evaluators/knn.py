@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evaluators import checks, classification
+from evaluators import checks
 
 BASELINES = ("untrained", "pixels")
 
@@ -25,7 +25,7 @@ def per_representation(context, evaluator, score, features, baselines, limit):
   Returns:
     Metrics; a baseline's begin with "untrained/" or "pixels/".
   """
-  classes = classification.num_classes(context, evaluator)
+  classes = checks.num_classes(context, evaluator)
   checks.all_known(evaluator, "baselines", baselines, BASELINES)
   metrics = {}
   for source in ("trained", *baselines):
@@ -95,6 +95,6 @@ def evaluate(context, k: int = 20, temperature: float = 0.07, features: str = "f
     if not 1 <= k <= len(bank):
       raise ValueError(f"evals.knn.k={k} must lie in 1..{len(bank)}, the training examples used")
     scores = votes(bank, bank_labels, queries, temperature, k=k, classes=classes)
-    return classification.topk(np.asarray(scores), labels)
+    return checks.topk(np.asarray(scores), labels)
 
   return per_representation(context, "knn", score, features, baselines, limit)

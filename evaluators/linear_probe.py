@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evaluators import classification, knn
+from evaluators import checks, knn
 
 
 @jax.jit
@@ -89,7 +89,7 @@ def evaluate(context, features: str = "features", l2: tuple[float, ...] = (1e-1,
     held_out = np.isin(np.arange(len(x)), shuffled[:max(1, round(holdout * len(x)))])
 
     def top(params, x, labels):
-      return classification.topk(np.asarray(logits(params, x)), labels)
+      return checks.topk(np.asarray(logits(params, x)), labels)
 
     def fit_to(kept, params, strength):  # weights, not a subset: one shape, so one compilation
       weights = jnp.asarray(kept / np.sum(kept), jnp.float32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from evaluators import checks, classification, retrieval
+from evaluators import checks, retrieval
 
 
 def parse_classes(classes):
@@ -72,7 +72,7 @@ def evaluate(context, classes: str | tuple[str, ...] | None = None,
   Raises:
     ValueError: data without labels or captions, not one name a class, a bad template.
   """
-  expected = classification.num_classes(context, "zero_shot")
+  expected = checks.num_classes(context, "zero_shot")
   names = parse_classes(context.info.class_names if classes is None else classes)
   if len(names) != expected:
     raise ValueError(f"evals.zero_shot.classes has {len(names)} names, but the data has {expected} "

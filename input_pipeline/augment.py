@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import geometry, image_ops, rand_augment
+from input_pipeline import geometry, image_ops
 
 
 class Augment(NamedTuple):
@@ -139,8 +139,9 @@ def one_view(section, view, *, mean=0.5, std=0.5, affine=None, three_augment=Fal
   check(color_jitter is None or np.shape(color_jitter) == (4,) and min(color_jitter) >= 0
         and color_jitter[3] <= 0.5, "color_jitter", color_jitter,
         "None or four strengths >= 0: brightness, contrast, saturation, hue <= 0.5")
-  layers = None if randaugment is None else rand_augment.read(
-    randaugment, view.interpolation, check)
+  if randaugment is not None:
+    from input_pipeline import rand_augment
+    layers = rand_augment.read(randaugment, view.interpolation, check)
   check(mix_size is None or type(mix_size) is int and mix_size > 0, "mix_size", mix_size,
         "None or an int > 0")
   check(mix_partner in PARTNERS, "mix_partner", mix_partner, f"one of {PARTNERS}", PARTNERS)
@@ -183,7 +184,7 @@ def one_view(section, view, *, mean=0.5, std=0.5, affine=None, three_augment=Fal
     image = image_ops.sometimes(solarize_key, image, solarize, lambda _, x: image_ops.solarize(x))
     if flip:
       image = pix.random_flip_left_right(flip_key, image)
-    if layers is not None:
+    if randaugment is not None:
       image = rand_augment.rand_augment(rand_key, image, mean, **layers)
     image = (image - mean) / std
     return image_ops.random_erase(erase_key, image, erase) if erase else image

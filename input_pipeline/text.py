@@ -15,6 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from input_pipeline.records import fault
+
 PAD, START, END, MASK = "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|mask|>"
 # What files call these tokens where nothing else in them tells.
 ENDS, PADS = (END, "</s>", "<eos>", "[SEP]"), (PAD, "<pad>", "[PAD]")
@@ -70,15 +72,6 @@ class Tokenizer(NamedTuple):
 
   def __reduce__(self):  # for workers: the pipeline's own pickle forgets `encode_special_tokens`
     return from_json, (self.to_json(),)
-
-
-def fault(caption: str) -> str:
-  """What keeps a caption from being used, or "". Bytes that are not UTF-8 are lone surrogates."""
-  try:
-    caption.encode()
-  except UnicodeEncodeError:
-    return "not UTF-8"
-  return "" if caption.strip() else "empty"
 
 
 def make(name: str, captions: Iterable[str] = (), *, context: int = 64, vocab_size: int = 1024,

@@ -54,9 +54,8 @@ class EarlyConv(nn.Module):
     return rearrange(x, "b h w d -> b (h w) d")
 
 
-# (width, patch, dtype) -> a module of images; of "patches" the pixels themselves are embedded.
-STEMS: Mapping[str, Callable | None] = {
-  "patches": None, "resnet": ResNetStem, "early_conv": EarlyConv}
+# (width, patch, dtype) -> a module of images.
+STEMS: Mapping[str, Callable] = {"resnet": ResNetStem, "early_conv": EarlyConv}
 
 
 def first_filters(params):

@@ -10,7 +10,6 @@ from models import layers, positions
 from models.attention import Attention
 from models.batch_norm import BatchNorm
 from models.positions import KINDS, RESAMPLE
-from models.stems import STEMS, check_stem, first_filters
 from models.transformer import Style, Transformer, check, choices
 
 
@@ -129,7 +128,7 @@ class ViT(Style, kw_only=True):
   mlp_dim: int  # features inside an MLP
   heads: int  # of attention; they divide the width
   num_classes: int = 0  # 0: no head, the pooled features are the output
-  patch_stem: Literal[*STEMS] = "patches"  # what is embedded
+  patch_stem: Literal["patches", "resnet", "early_conv"] = "patches"  # what is embedded
   pool: Literal[*POOLS] = "cls"  # what the features are: class token, mean, attention, all tokens
   pool_before_norm: bool = False  # norm after pooling (timm's and MAE's fc_norm), not on tokens
   class_token: bool | None = None  # None: as the pooling needs
@@ -163,6 +162,7 @@ class ViT(Style, kw_only=True):
 
   def setup(self):
     if self.patch_stem != "patches":
+      from models.stems import STEMS  # loaded where it is used: most networks embed patches
       self.convolutions = STEMS[self.patch_stem](self.width, self.patch, self.dtype)
     self.embed = PatchEmbed(
       self.width, self.patch_init or ("xavier" if self.fused_init else "lecun"), self.dtype,
@@ -215,6 +215,7 @@ class ViT(Style, kw_only=True):
   def filters(self, params):
     """The filters of the first layer, [d, p, p, c]."""
     if self.patch_stem != "patches":
+      from models.stems import first_filters
       return first_filters(params["convolutions"])
     return rearrange(params["embed"]["projection"]["kernel"], "(p q c) d -> d p q c",
                      p=self.patch, q=self.patch)
@@ -317,5 +318,7 @@ def make(*, variant: str = "", image_size, channels: int, num_classes: int = 0,
   check(model, axes=2)
   if model.registers < 0:
     raise ValueError(f"model.registers = {model.registers}: expected at least 0")
-  check_stem(model.patch_stem, model.width, model.patch)
+  if model.patch_stem != "patches":
+    from models.stems import check_stem
+    check_stem(model.patch_stem, model.width, model.patch)
   return model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import batches, geometry
+from input_pipeline import batches, geometry, reading, stand_in
 
 N = 23
 
@@ -276,7 +276,7 @@ def test_bpe_is_trained_on_the_training_captions(captioned, tmp_path):
   path = tmp_path / "tokenizer.json"
   path.write_text(data.tokenizer.to_json())
   chex.assert_trees_all_equal(batch, next(paired(captioned, tokenizer=str(path)).train(0, 1)))
-  planned = batches.stand_in("tfds:some", 5, (8, 6), 3, 0, tokenizer="bpe", context=24,
+  planned = stand_in.stand_in("tfds:some", 5, (8, 6), 3, 0, tokenizer="bpe", context=24,
                              vocab_size=300)
   assert planned.spec == data.spec and planned.tokenizer[1:] == data.tokenizer[1:]
 
@@ -415,13 +415,13 @@ def test_prefetch_runs_ahead_passes_errors_on_and_ends():
     raise KeyError("at the end")
 
   before = threading.active_count()
-  stream = batches.prefetch(items(), 2)
+  stream = reading.prefetch(items(), 2)
   assert next(stream) == 0
   stream.close()  # waits for what was under way
   assert made == [0, 1, 2]
   seen = []
   with pytest.raises(KeyError, match="at the end"):
-    for item in batches.prefetch(items(), 3):
+    for item in reading.prefetch(items(), 3):
       seen.append(item)
   assert seen == list(range(6))
   assert threading.active_count() == before

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from evaluators import classification, few_shot, knn, linear_probe, reconstruction
+from evaluators import checks, classification, few_shot, knn, linear_probe, reconstruction
 
 
 class Info(NamedTuple):
@@ -66,17 +66,17 @@ def test_topk_counts_like_a_sort():
     ranked = sorted(range(9), key=lambda c: (-row[c], c))
     for k in hits:
       hits[k] += label in ranked[:k]
-  assert classification.topk(scores, labels) == {"top1": hits[1] / 200, "top5": hits[5] / 200}
+  assert checks.topk(scores, labels) == {"top1": hits[1] / 200, "top5": hits[5] / 200}
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_topk_gives_no_credit_for_broken_scores(bad):
-  metrics = classification.topk(np.full((12, 6), bad), np.arange(12) % 6)
+  metrics = checks.topk(np.full((12, 6), bad), np.arange(12) % 6)
   assert metrics == {"top1": 0.0, "top5": 0.0}
 
 
 def test_topk_of_five_classes_has_no_top5():
-  assert classification.topk(np.eye(5), np.arange(5)) == {"top1": 1.0}
+  assert checks.topk(np.eye(5), np.arange(5)) == {"top1": 1.0}
 
 
 def test_classification_against_float64():

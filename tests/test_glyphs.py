@@ -12,7 +12,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from PIL import Image
 
-from input_pipeline import glyphs
+from input_pipeline.sources import glyphs
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from input_pipeline import batches
-from input_pipeline.sources import Info
+from input_pipeline.records import Info
 from trainer import recipe
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import compare
 from benchmarks import input as benchmark
-from input_pipeline import geometry, sources
+from input_pipeline import decode, geometry, records
 
 
 @pytest.mark.parametrize("side", benchmark.OURS)
@@ -104,14 +104,14 @@ def jpeg(array, **options):
 @pytest.mark.parametrize("options", [
   {}, {"subsampling": 0}, {"progressive": True}, {"keep_rgb": True}, {"quality": 20}])
 def test_colour_jpegs_have_pillows_pixels(monkeypatch, shape, options):
-  made, decode = [], sources.simplejpeg.decode_jpeg
-  monkeypatch.setattr(sources.simplejpeg, "decode_jpeg",
-                      lambda *a, **k: made.append(decode(*a, **k)) or made[-1])
+  made, whole_jpeg = [], decode.simplejpeg.decode_jpeg
+  monkeypatch.setattr(decode.simplejpeg, "decode_jpeg",
+                      lambda *a, **k: made.append(whole_jpeg(*a, **k)) or made[-1])
   rng = np.random.default_rng(0)
   small = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8))
   data = jpeg(np.asarray(small.resize(shape[::-1], Image.Resampling.BICUBIC)), **options)
   whole = Image.open(io.BytesIO(data))
-  np.testing.assert_array_equal(sources.decode({"image": data, "name": ""}, 3), np.asarray(whole))
+  np.testing.assert_array_equal(decode.decode({"image": data, "name": ""}, 3), np.asarray(whole))
   assert [array.shape for array in made] == [(*shape, 3)]  # and Pillow did not have to
   drafted = Image.open(io.BytesIO(data))
   size = tuple(-(-side // 4) for side in shape)
@@ -119,17 +119,17 @@ def test_colour_jpegs_have_pillows_pixels(monkeypatch, shape, options):
   # A box of the drafted image's own size: resizing is the identity, if sides are multiples of it.
   if not any(side % 4 for side in shape):
     look = geometry.Look(lambda h, w: geometry.Cut((0, 0, h, w), size), "bicubic")
-    seen, = sources.decode_looks({"image": data, "name": ""}, 3, [look], coarse=True)
+    seen, = decode.decode_looks({"image": data, "name": ""}, 3, [look], coarse=True)
     np.testing.assert_array_equal(seen, np.asarray(drafted))
 
 
 def test_a_jpeg_with_a_fault_is_pillows_to_judge():
   data = jpeg(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
   spare = data[:-2] + bytes(20) + data[-2:]  # before the end's marker: a warning
-  np.testing.assert_array_equal(sources.decode({"image": spare, "name": ""}, 3),
-                                sources.decode({"image": data, "name": ""}, 3))
-  with pytest.raises(sources.BadRecord, match="cannot decode the image here: .*truncated"):
-    sources.decode({"image": data[:len(data) // 2], "name": "here"}, 3)
+  np.testing.assert_array_equal(decode.decode({"image": spare, "name": ""}, 3),
+                                decode.decode({"image": data, "name": ""}, 3))
+  with pytest.raises(records.BadRecord, match="cannot decode the image here: .*truncated"):
+    decode.decode({"image": data[:len(data) // 2], "name": "here"}, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -142,7 +142,7 @@ def test_resizing_is_pillows_to_rounding(monkeypatch, channels, box):
   look = geometry.Look(lambda *_: geometry.Cut(box, (28, 33)), "bicubic", exact=False)
   for module in (geometry.cykooz_resizer, None):
     monkeypatch.setattr(geometry, "cykooz_resizer", module)
-    seen, = sources.decode_looks({"image": data.getvalue(), "name": ""}, channels, [look])
+    seen, = decode.decode_looks({"image": data.getvalue(), "name": ""}, channels, [look])
     made.append(seen.astype(int))
   assert abs(made[0] - made[1]).max() <= 2 and abs((made[0] - made[1]).mean()) < 0.05
   assert made[0].std() > 5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import train
-from input_pipeline import batches, latents, sources
+from input_pipeline import batches, latents
 from trainer import checkpoints
 
 
@@ -58,9 +58,9 @@ def test_layouts_and_shapes():
     stored = {"image": np.concatenate([mean, second], -1), "name": "it"}
     for order in (0, 1, 2), (2, 0, 1):
       turned = stored | {"image": stored["image"].transpose(order)}
-      np.testing.assert_allclose(sources.read_latent(turned, layout),
+      np.testing.assert_allclose(latents.read_latent(turned, layout),
                                  np.concatenate([mean, deviation], -1), rtol=1e-6)
-  np.testing.assert_allclose(sources.read_latent({"image": mean[None], "name": "it"}, "mean"), mean,
+  np.testing.assert_allclose(latents.read_latent({"image": mean[None], "name": "it"}, "mean"), mean,
                              rtol=1e-6)
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import plan as command
-from input_pipeline import batches
+from input_pipeline import stand_in
 from trainer import loop, plan, recipe, sharding
 
 
@@ -76,7 +76,7 @@ def small(mesh, name):
     "model.scan": "true", "model.width": "64", "model.heads": "8", "model.mlp_dim": "128",
     "model.depth": "4", "data.batch_size": "64", **extra,
     **{f"mesh.{axis}": str(size) for axis, size in mesh.items()}})
-  data = batches.stand_in(config.data.source, 64)
+  data = stand_in.stand_in(config.data.source, 64)
   return recipe.build(config, data=data)
 
 
@@ -122,7 +122,7 @@ def test_the_command(capsys):
 def test_flops_of_vit_b16():
   """17.6 GFLOPs (multiply-adds counted once) forward an image: DeiT's table, arXiv 2012.12877."""
   config = recipe.load_config("configs/vit.py:imagenet_b16_augreg", {"data.batch_size": "8"})
-  data = batches.stand_in(config.data.source, 8, 224, 3, 1000)
+  data = stand_in.stand_in(config.data.source, 8, 224, 3, 1000)
   built = recipe.build(config, data=data, devices=jax.devices()[:1])
   state, _ = loop.abstract_state(built)
   assert loop.model_flops(built, state) / (3 * 2 * 8) == pytest.approx(17.58e9, rel=0.01)

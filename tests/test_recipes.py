@@ -18,7 +18,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from input_pipeline import batches
-from input_pipeline.sources import Info
+from input_pipeline.records import Info
 from trainer import fields, optimizer, recipe
 
 IMAGES = 1_281_167

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from arrays import normal
 
-from input_pipeline import sources
+from input_pipeline import records
 from methods import supervised
 from models import resnet, vit
 from models.batch_norm import BatchNorm
@@ -261,7 +261,7 @@ def test_extra_is_what_the_model_has_beside_parameters(model):
 def test_groups_that_do_not_divide_a_batch_are_refused_before_compiling():
   config = recipe.load_config("configs/resnet.py:smoke", {"model.bn_groups": "8",
                                                           "accumulate": "4"})
-  info = sources.Info((16, 16, 1), 10, (), {"train": 100}, "")
+  info = records.Info((16, 16, 1), 10, (), {"train": 100}, "")
   with pytest.raises(ValueError, match="model.bn_groups = 8: does not divide the 4 examples"):
     recipe.make_method(recipe.fill_from_data(config, info, 100))
 

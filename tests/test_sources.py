@@ -9,8 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline import geometry, sources
+from input_pipeline import decode, geometry, records
 from input_pipeline.sources import open_source
+from input_pipeline.sources import tfds as tfds_source
 
 
 def encoded(array, kind="png", **options):
@@ -65,7 +66,7 @@ def test_class_folders(tmp_path):
   assert records == [(str(tmp_path / "train" / name), label) for name, label in
                      (("cat/a.png", 0), ("cat/deep/b.PNG", 0), ("dog/c.JpG", 1))]
   assert splits["test"][0]["label"] == 1
-  np.testing.assert_array_equal(sources.decode(splits["test"][0], 3), np.full((4, 6, 3), 7))
+  np.testing.assert_array_equal(decode.decode(splits["test"][0], 3), np.full((4, 6, 3), 7))
 
 
 def test_flat_folder_of_several_sizes_and_colours(tmp_path):
@@ -165,8 +166,8 @@ def test_an_undecodable_image_of_a_row_is_named_or_left_to_reading(tmp_path):
     open_source(f"folder:{tmp_path}")
   splits, info = open_source(f"folder:{tmp_path}", on_error="skip")
   assert info[:4] == ((4, 6, 3), 0, (), {"train": 2})
-  with pytest.raises(sources.BadRecord, match="metadata.csv, line 3, row 2: b.png"):
-    sources.decode(splits["train"][1], 3)
+  with pytest.raises(records.BadRecord, match="metadata.csv, line 3, row 2: b.png"):
+    decode.decode(splits["train"][1], 3)
   (tmp_path / "a.png").write_bytes(b"nor this")
   with pytest.raises(ValueError, match="none of the images"):
     open_source(f"folder:{tmp_path}", on_error="skip")
@@ -222,7 +223,7 @@ def test_tfds_by_path_and_by_name(pairs, tmp_path):
   record = splits["validation"][0]
   assert record["label"] == 1 and record["text"] == ("9 0", "9 1")
   assert record["name"] == "pairs/1.0.0 validation#0"
-  np.testing.assert_array_equal(sources.decode(record, 3), noise(5, 13, 3, seed=9))
+  np.testing.assert_array_equal(decode.decode(record, 3), noise(5, 13, 3, seed=9))
   bulk = splits["train"].__getitems__(np.array([2, 0]))
   assert bulk == [splits["train"][2], splits["train"][0]] and bulk[0] != bulk[1]
   named = open_source("tfds:pairs", str(tmp_path))
@@ -239,8 +240,8 @@ def test_tfds_captions_are_checked(tmp_path, monkeypatch, captions, match):
   builder = Pairs(data_dir=tmp_path)
   builder.download_and_prepare(file_format="array_record")
   record = open_source(f"tfds:{builder.data_dir}").splits["train"][0]
-  with pytest.raises(sources.BadRecord, match=f"pairs/1.0.0 train#0: a caption is {match}"):
-    sources.captions(record)
+  with pytest.raises(records.BadRecord, match=f"pairs/1.0.0 train#0: a caption is {match}"):
+    records.captions(record)
 
 
 def test_tfds_folder_errors(pairs, tmp_path):
@@ -263,14 +264,14 @@ def test_a_set_that_cannot_be_prepared_is_named(tmp_path, monkeypatch):
 def test_ambiguous_features_are_listed():
   features = {"left": tfds.features.Image(), "right": tfds.features.Image()}
   with pytest.raises(ValueError, match="several features could be the image: left, right"):
-    sources._feature(features, ("image",), tfds.features.Image)
+    tfds_source._feature(features, ("image",), tfds.features.Image)
 
 
 @pytest.mark.parametrize("shape, channels", [
   ((5, 4), 1), ((5, 4), 3), ((5, 4, 3), 3), ((5, 4, 3), 1), ((5, 4, 4), 4)])
 def test_decode_converts_colours(shape, channels):
   array = noise(*shape)
-  image = sources.decode({"image": encoded(array), "name": ""}, channels)
+  image = decode.decode({"image": encoded(array), "name": ""}, channels)
   chex.assert_shape(image, (5, 4, channels))
   weights = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2 luma
   expected = (array[..., None].repeat(channels, -1) if len(shape) == 2 else
@@ -280,17 +281,17 @@ def test_decode_converts_colours(shape, channels):
 
 def test_decode_scales_16_bits_and_lays_transparency_on_white():
   deep = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
-  image = sources.decode({"image": encoded(deep), "name": ""}, 1)
+  image = decode.decode({"image": encoded(deep), "name": ""}, 1)
   np.testing.assert_array_equal(image[..., 0], deep // 256)
   array = noise(5, 4, 4)
   alpha = array[..., 3:] / 255.0
-  image = sources.decode({"image": encoded(array), "name": ""}, 3)
+  image = decode.decode({"image": encoded(array), "name": ""}, 3)
   np.testing.assert_allclose(image, array[..., :3] * alpha + 255 * (1 - alpha), atol=1.5)
 
 
 def seen(record, channels, box, size, coarse=False, **options):
   look = geometry.Look(lambda h, w: geometry.Cut(box, size), "bicubic", **options)
-  return sources.decode_looks(record, channels, [look], coarse)[0]
+  return decode.decode_looks(record, channels, [look], coarse)[0]
 
 
 def test_decode_box_and_size_are_pillows_crop_and_resize():
@@ -320,7 +321,7 @@ def test_undecodable_records_are_named(monkeypatch):
   whole = encoded(noise(64, 64, 3))
   for data in (b"", b"text", whole[:len(whole) // 2]):
     with pytest.raises(ValueError, match="cannot decode the image some/where.png"):
-      sources.decode({"image": data, "name": "some/where.png"}, 3)
+      decode.decode({"image": data, "name": "some/where.png"}, 3)
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
   with pytest.raises(ValueError, match="here.*decompression bomb"):
-    sources.decode({"image": whole, "name": "here"}, 3)
+    decode.decode({"image": whole, "name": "here"}, 3)

@@ -18,7 +18,7 @@ class Context(NamedTuple):
   collect: Callable  # (name, split, *keys, params="trained", limit=None) -> (outputs, {key: array})
   predict: Callable  # (name, batch, rng=None) -> NumPy outputs for one batch of ready images
   predictions: frozenset[str]  # the names there are
-  info: Any  # input_pipeline.sources.Info
+  info: Any  # input_pipeline.records.Info
   train_split: str
   eval_split: str
   to_pixels: Callable  # ready images -> NumPy, 0 is black and 1 white

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from trainer import checkpoints, evaluation, fields, sharding, transfer
+from trainer import checkpoints, evaluation, fields, sharding
 from trainer import recipe as recipes
 from trainer import report as reports
 from trainer.logging import Reporter, duration, print_evaluations
@@ -181,6 +181,7 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     abstract, shardings = abstract_state(recipe, init)
     taken = None
     if config.init and not checkpoints.exist(workdir):
+      from trainer import transfer
       taken = fields.call(transfer.take, config.init, "init", config=config, state=abstract,
                            method=recipe.method)
   except (ValueError, FileNotFoundError) as error:  # what only the parameters' shapes can tell

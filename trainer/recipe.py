@@ -230,7 +230,7 @@ def make_data(config: ConfigDict, data_dir: str | None):
 def stand_in(config: ConfigDict):
   """What `make_data` gives, by its shapes alone: for planning and timing without the data set."""
   model, mean = config.model, config.augment.get("mean", 0.5)
-  return fields.find_module("input_pipeline", "batches", "").stand_in(
+  return fields.find_module("input_pipeline", "stand_in", "").stand_in(
     config.data.source, config.data.batch_size, config.augment.get("image_size"),
     model.get("channels") or (len(mean) if isinstance(mean, (tuple, list)) else None),
     model.get("num_classes") or 0, views=len(make_views(config)),
@@ -284,7 +284,8 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
 
   `data` and `devices` stand in for the config's data set and the devices of this machine.
   """
-  config = fields.find_module("trainer", "transfer", "").fill(config)
+  if config.init:
+    config = fields.find_module("trainer", "transfer", "").fill(config)
   mesh = fields.call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
   data = make_data(config, data_dir) if data is None else data
   train_size = data.info.num_examples[data.train_split]

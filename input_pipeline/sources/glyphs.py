@@ -17,6 +17,11 @@ import tensorflow_datasets as tfds
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from input_pipeline.records import Source, nearest
+from input_pipeline.sources import tfds as prepared
+
+NEEDS_REST = False  # `glyphs` alone is all of them
+
 DIGITS = "0123456789"
 PLAIN = DIGITS + "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 CLASSES = {"all": (*PLAIN, "other"), "letters": tuple(PLAIN), "digits": tuple(DIGITS)}
@@ -162,3 +167,29 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
           "code_point": ord(character),
           "face": face,
           "style": style}
+
+
+# --- The source -----------------------------------------------------------------------------------
+
+def _builder(name: str, data_dir: str | None) -> Glyphs:
+  name = name or "all"
+  if name not in Glyphs.builder_configs:
+    raise ValueError(f"data.source={'glyphs/' + name!r}: no such configuration {name!r}; "
+                     + nearest(name, tuple(Glyphs.builder_configs)))
+  return Glyphs(config=name, data_dir=data_dir)
+
+
+def open_source(rest: str, *, data_dir: str | None = None) -> Source:
+  """Opens `glyphs/CONFIG`, which is prepared on first use."""
+  builder = _builder(rest, data_dir)
+  if not builder.is_prepared():
+    prepared.prepare(builder)
+    builder = _builder(rest, data_dir)  # as on disk, whoever wrote it
+  return prepared.open_builder(builder)
+
+
+def shape(rest: str) -> tuple[tuple[int, int], int, int]:
+  """(image size, channels, classes) of an embedded set, before it is prepared."""
+  features = _builder(rest, None).info.features
+  *size, channels = features["image"].shape
+  return tuple(size), channels, features["label"].num_classes

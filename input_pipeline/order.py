@@ -1,0 +1,82 @@
+"""Which example stands where: the endless sequence of epochs, by (seed, position) alone.
+
+All randomness of the host is here: a stream of its own for each (seed, purpose, index).
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+SHUFFLE, CROP, CROP_2, CAPTION, PERMUTE = range(5)  # the purposes of randomness
+
+
+def generator(seed: int, purpose: int, index: int) -> np.random.Generator:
+  """Counter-based: a stream of its own for each (seed, purpose, index), at no cost."""
+  key = np.array([seed % 2**64, int(index)], np.uint64)
+  return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, purpose]))
+
+
+@functools.lru_cache(4)  # a batch touches two epochs at most, with favourites of two orders
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+  return generator(seed, SHUFFLE, epoch).permutation(n)
+
+
+@functools.lru_cache(2)
+def _uniform(seed: int, epoch: int, n: int) -> np.ndarray:
+  return generator(seed, CAPTION, epoch).random(n)
+
+
+def _entry(table: Callable, position: np.ndarray, n: int, seed: int) -> np.ndarray:
+  """What stands at each position of the endless sequence of an epoch's tables of n entries."""
+  epoch, offset = np.divmod(position, n)
+  result = table(seed, int(np.max(epoch)), n)[offset]
+  for e in np.unique(epoch)[:-1]:
+    result = np.where(epoch == e, table(seed, int(e), n)[offset], result)
+  return result
+
+
+def shuffled(position: np.ndarray, *, n: int, seed: int) -> np.ndarray:
+  """The example at each position of the endless sequence of epochs, each a permutation of n."""
+  return _entry(_permutation, position, n, seed)
+
+
+def uniform(position: np.ndarray, *, n: int, seed: int) -> np.ndarray:
+  """A number in [0, 1) for each position, that depends on nothing else."""
+  return _entry(_uniform, position, n, seed)
+
+
+def derangement(n: int, seed: int) -> np.ndarray:
+  """Another one of n for each of n, all different: the next one on a random round."""
+  order = generator(seed, PERMUTE, 0).permutation(n)
+  result = np.empty(n, int)
+  result[order] = np.roll(order, 1)
+  return result
+
+
+def find_favourites(captions: Iterable[tuple[str, ...]], pattern: str, share: float) -> np.ndarray:
+  """The numbers of the examples with a caption that `pattern` matches from its start."""
+  if not 0 < share < 1:
+    raise ValueError(f"data.favour_share={share}: expected a number in (0, 1)")
+  try:
+    matches = re.compile(pattern).match
+  except re.error as e:
+    raise ValueError(f"data.favour={pattern!r} is not a regular expression: {e}") from e
+  found = np.flatnonzero([any(map(matches, texts)) for texts in captions])
+  if not len(found):
+    raise ValueError(f"data.favour={pattern!r} matches no caption from its start")
+  return found
+
+
+def pick(position: np.ndarray, *, n: int, seed: int, repeats: int = 1, favourites=None,
+         share: float = 0.5) -> np.ndarray:
+  """The training example at each position of the run, of n."""
+  position = position // repeats
+  if favourites is None:
+    return shuffled(position, n=n, seed=seed)
+  # Favourites come at equal distances: as many before a position as its share, rounded down.
+  before, after = (np.floor((position + i) * share).astype(int) for i in (0, 1))
+  return np.where(after > before,
+                  favourites[shuffled(before, n=len(favourites), seed=seed)],
+                  shuffled(position - before, n=n, seed=seed))

@@ -1,0 +1,40 @@
+"""Data that has shapes and cannot be read: for planning a run where its data set is not."""
+
+from input_pipeline import records
+from input_pipeline.batches import Data, make_spec
+from input_pipeline.sources import find
+
+
+def stand_in(source: str, batch_size: int, image_size=None, channels: int | None = None,
+             num_classes: int | None = None, train_examples: int = 1_281_167,
+             views: int = 1, latents: str | None = None, tokenizer: str | None = None,
+             **text_options) -> Data:
+  """Data that has shapes and cannot be read: for planning a run where its data set is not.
+
+  The embedded source knows its own shapes; of others the caller has to say them. `text_options`
+  are those of `text.make`; its "bpe" has its shapes without having seen a caption.
+
+  Raises:
+    ValueError: the image size, channels or number of classes is not known.
+  """
+  if source.split("/")[0] == "glyphs":
+    module, rest = find(source)
+    native, channels, num_classes = module.shape(rest)
+    size = image_size or native
+  elif source.startswith("lines:"):
+    size, channels, num_classes = 1, 1, 0
+  else:
+    unknown = [field for field, value in {
+      "augment.image_size": image_size, "model.channels": channels,
+      "model.num_classes": num_classes}.items() if value is None]
+    if unknown:
+      raise ValueError(f"without the data of {source!r}, the config must say {', '.join(unknown)}")
+    size = image_size
+  size = (size, size) if isinstance(size, int) else tuple(size)
+  tokens = None
+  if tokenizer is not None:
+    from input_pipeline import text
+    tokens = text.make(tokenizer, **text_options)
+  spec = make_spec(batch_size, size, channels, num_classes, tokens, views, latents)
+  info = records.Info((*size, channels), num_classes, (), {"train": train_examples}, "")
+  return Data(info, None, None, spec, "train", None, tokens)
