@@ -290,6 +290,12 @@ def see_all(batch: dict[str, np.ndarray], looks: list) -> dict[str, np.ndarray]:
   return batch | {name: np.stack(images) for name, images in zip(IMAGES, zip(*seen))}
 
 
+def read_tokenizer(said: str):
+  """The `text.Tokenizer` of a run directory's file."""
+  from input_pipeline import text
+  return text.from_json(said)
+
+
 def make_spec(batch_size: int, size: tuple[int, int], channels: int, num_classes: int = 0,
               tokens: Any = None, views: int = 1,
               latents: str | None = None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -317,8 +317,8 @@ def load_run(workdir, step: int | None = None) -> Run:
 
   tokenizer, path = None, epath.Path(workdir) / TOKENIZER
   if path.exists():
-    tokenizers = fields.find_module("input_pipeline", "text", "")
-    tokenizer = tokenizers.from_json(path.read_text())
+    batches = fields.find_module("input_pipeline", "batches", "")
+    tokenizer = batches.read_tokenizer(path.read_text())
     config.data.tokenizer = str(path)  # other captions would give another one
   return Run(config, method, params, extra, step, predict, preprocess, normalise,
              tokenizer and tokenizer.encode, tokenizer and tokenizer.decode)
