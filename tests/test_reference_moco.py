@@ -15,8 +15,10 @@ from trainer import optimizer
 # case -> hidden layers of the projector, queue, temperature, batch, groups, tolerance by step.
 # Four examples a batch norm and a rate of 0.1 magnify rounding: run in float64, this code is as far
 # from the float32 recordings as in float32 (v1's loss by 1.2e-5, 1.1e-4 and 1.8e-4 in its steps).
+# Of the losses, step by step. v1's are as far apart as rounding makes them: half a bit of the initial
+# parameters, at random, moves the second by up to 2.0e-4 and the third by 5.5e-4 (six draws).
 CASES = {
-  "moco_v1": ((), 8, 0.07, 4, 1, (2e-5, 2e-4, 3e-4)),
+  "moco_v1": ((), 8, 0.07, 4, 1, (2e-5, 3e-4, 8e-4)),
   "moco_v2": ((16,), 8, 0.2, 4, 1, (1e-5, 2e-5, 2e-5)),
   "moco_v2_2rank": ((16,), 16, 0.2, 8, 2, (1e-5, 3e-5)),
 }
@@ -58,6 +60,7 @@ def test_steps_with_a_queue(case):
     close(contrastive.queue_logits(query, key, queue, 1.0), io[f"logits_{step}"] * temperature,
           atol)
     close(value, io[f"loss_{step}"].mean(), atol)
+    atol = min(atol, tolerances[1])  # keys and gradients are not moved that far
     close(extra["queue"].T, io[f"queue_{step}"], atol)
     assert extra["pointer"] == io[f"queue_ptr_{step}"]
     if step == 0:
@@ -74,7 +77,7 @@ def test_steps_with_a_queue(case):
     assert sum(name.startswith(encoder) for name in after) > 50
   for name in theirs:
     if name.startswith("encoder_"):
-      close(published.thinned(theirs[name].ravel()), after[name], 10 * atol, name)
+      close(published.thinned(theirs[name].ravel()), after[name], 10 * tolerances[1], name)
 
 
 @pytest.mark.parametrize("case, arrays", [("moco_v3_loss", "io"), ("moco_v2_2rank", "v3")])
