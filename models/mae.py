@@ -160,10 +160,11 @@ def make(*, decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int
 
   Raises ValueError as `vit.make`, and where decoder_heads does not divide decoder_width.
   """
-  if patch_stem != "patches" or pool_before_norm:
-    raise ValueError(f"model.patch_stem = {patch_stem!r}, model.pool_before_norm = "
-                     f"{pool_before_norm}: an MAE removes patches, and a decoder reads what is "
-                     "left, so it takes 'patches' and False alone")
+  if patch_stem != "patches":
+    raise ValueError(f"model.patch_stem = {patch_stem!r}: an MAE removes patches, so it takes "
+                     "'patches' alone")
+  if pool_before_norm:
+    raise ValueError("model.pool_before_norm = True: a decoder reads this network's tokens")
   encoder = vit.make(variant=variant, image_size=image_size, channels=channels, dtype=dtype,
                      positions=positions, pool=pool, class_token=class_token,
                      fused_init=fused_init, **fields)

@@ -15,8 +15,8 @@ from trainer import optimizer
 # case -> hidden layers of the projector, queue, temperature, batch, groups, tolerance by step.
 # Four examples a batch norm and a rate of 0.1 magnify rounding: run in float64, this code is as far
 # from the float32 recordings as in float32 (v1's loss by 1.2e-5, 1.1e-4 and 1.8e-4 in its steps).
-# Of the losses, step by step. v1's are as far apart as rounding makes them: half a bit of the initial
-# parameters, at random, moves the second by up to 2.0e-4 and the third by 5.5e-4 (six draws).
+# v1's losses are as far apart as rounding makes them: half a bit of the initial parameters, at
+# random, moves the second by up to 2.0e-4 and the third by 5.5e-4 (six draws).
 CASES = {
   "moco_v1": ((), 8, 0.07, 4, 1, (2e-5, 3e-4, 8e-4)),
   "moco_v2": ((16,), 8, 0.2, 4, 1, (1e-5, 2e-5, 2e-5)),
