@@ -109,7 +109,7 @@ def import_weights(args, overrides) -> str:
   from ml_collections import ConfigDict
 
   from interop import files, formats, layout, preprocessing, published
-  from trainer import checkpoints, recipe
+  from trainer import recipe, store
   from trainer.state import TrainState
   source = files.read(args.source, args.weights)
   form = published.recognise(source.tensors, source.config, args.format)
@@ -144,17 +144,17 @@ def import_weights(args, overrides) -> str:
   aside = {name: source.tensors[names[name]].read() for name in sorted(kept & {*names})}
   renamed = {name: theirs for name, theirs in names.items() if name != theirs}
   with new_folder(Path(args.to)) as folder:
-    store = checkpoints.Checkpoints(folder, metadata={
-      "config": recipe.plain(config), "code": checkpoints.code_version(), "data": ""})
-    store.save(TrainState(np.zeros((), np.int32), tree["params"], None, tree.get("extra", {}),
+    kept = store.Checkpoints(folder, metadata={
+      "config": recipe.plain(config), "code": store.code_version(), "data": ""})
+    kept.save(TrainState(np.zeros((), np.int32), tree["params"], None, tree.get("extra", {}),
                           None), 0)
-    store.finish()
-    store.close()
+    kept.finish()
+    kept.close()
     (folder / "config.json").write_text(json.dumps(recipe.plain(config), indent=2) + "\n")
     files.write(folder / ASIDE, aside, {
       "format": form.name, "names": json.dumps(renamed), "config": json.dumps(source.config)})
     if tokenizer:
-      (folder / checkpoints.TOKENIZER).write_text(tokenizer.to_json())
+      (folder / store.TOKENIZER).write_text(tokenizer.to_json())
   entries += formats.assumed(form, config.model, source.config, given.model)
   if form.images:
     entries += preprocessing.assumed(config.augment, source, overrides)
@@ -166,7 +166,7 @@ def export_weights(args) -> str:
   import numpy as np
 
   from interop import files, preprocessing, published
-  from trainer import checkpoints, recipe
+  from trainer import checkpoints, recipe, store
   run = checkpoints.load_run(args.source)
   path, aside, facts = Path(args.source) / ASIDE, {}, {}
   if path.exists():
@@ -189,7 +189,7 @@ def export_weights(args) -> str:
       (folder / "preprocessor_config.json").write_text(json.dumps(
         preprocessing.to_hugging_face(run.config.augment, run.config.model.channels),
         indent=2) + "\n")
-    tokenizer = Path(args.source) / checkpoints.TOKENIZER
+    tokenizer = Path(args.source) / store.TOKENIZER
     if tokenizer.exists():
       shutil.copy(tokenizer, folder)
   return f"{args.source}, step {run.step}, as {form.name}: {len(tensors):,} tensors in {args.to}"
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
 
   args.distributed = args.coordinator = None
   environment.prepare(args)
-  from trainer.checkpoints import CheckpointError
+  from trainer.store import CheckpointError
   try:
     print(export_weights(args) if args.to_format else import_weights(args, overrides))
   except (ValueError, OSError, CheckpointError) as error:

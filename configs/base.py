@@ -18,7 +18,7 @@ def get_base() -> ConfigDict:
     wandb=False,  # log to Weights & Biases too
     expect="",  # what the recipe reaches, shown at the start
     log_every_steps=20,
-    init={},  # trainer/transfer.py: take
+    init={},  # trainer/networks.py: Init
     model={},  # models/NAME.py: make
     method={},  # methods/NAME.py: make
     data={},  # input_pipeline/batches.py: make
@@ -26,6 +26,6 @@ def get_base() -> ConfigDict:
     optimizer={},  # trainer/optimizer.py: make
     schedule={},  # trainer/schedule.py: make
     mesh=dict(data=-1, fsdp=1, tensor=1),  # trainer/sharding.py: make_mesh
-    checkpoint=dict(keep=2),  # trainer/checkpoints.py: open_manager
+    checkpoint=dict(keep=2),  # trainer/store.py: Checkpoints
     evals={},  # evaluators/NAME.py: evaluate
   ))

@@ -14,7 +14,7 @@ from input_pipeline import batches, sources, text
 from losses import tokens
 from methods import bert as method_module
 from models import adapt, bert, clip
-from trainer import checkpoints, loop, recipe, transfer
+from trainer import checkpoints, loop, networks, recipe, transfer
 
 PAD, END, MASK, VOCAB, LENGTH = 0, 2, 3, 50, 24
 SMALL = dict(width=8, depth=1, heads=2, vocab_size=VOCAB, context=LENGTH, eos_id=END, pad_id=PAD,
@@ -295,7 +295,7 @@ def test_clips_text_tower_starts_from_bert(run):
   # A finished run is evaluated without the other.
   gone = built.config.copy_and_resolve_references()
   gone.init.text_run = "gone"
-  assert transfer.fill(gone).to_dict() == gone.to_dict()
+  assert networks.fill(gone).to_dict() == gone.to_dict()
 
 
 @pytest.mark.parametrize("variant", ["CLIP-B/32", "SigLIP-B/16"])

@@ -11,7 +11,7 @@ import pytest
 
 import train
 from input_pipeline import augment, batches, latents
-from trainer import checkpoints, fields, help, optimizer, recipe, schedule, sharding, transfer
+from trainer import checkpoints, fields, help, networks, optimizer, recipe, schedule, sharding
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +69,7 @@ def test_what_a_section_may_say():
 CONFIGURED = [("data", batches.make), ("augment", augment.make), ("augment", latents.make),
               ("optimizer", optimizer.make), ("schedule", schedule.make),
               ("mesh", sharding.make_mesh), ("checkpoint", checkpoints.Checkpoints),
-              ("init", transfer.take)]
+              ("init", networks.Init)]
 for folder, label, name in (("models", "model", "make"), ("methods", "method", "make"),
                             ("evaluators", "evals", "evaluate")):
   modules = [fields.find_module(folder, path.stem, "") for path in (ROOT / folder).glob("*.py")]
@@ -83,7 +83,7 @@ def test_every_field_says_what_it_is(label, function):
   """A type or names, and a line of help, without which --help would be a list of riddles."""
   for name, field in fields.accepted(function).items():
     if name in help.PROVIDED or f"{label}.{name}" in help.PROVIDED or (
-        label == "model" and name in recipe.FROM_DATA):
+        label == "model" and name in networks.FROM_DATA):
       continue
     assert field.hint is not inspect.Parameter.empty or label == "augment", name
     assert help.help_lines(field.owner).get(field.own_name), name

@@ -7,15 +7,16 @@ import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from trainer import fields, optimizer, recipe, schedule, sharding
+from input_pipeline import batches
+from trainer import fields, networks, optimizer, recipe, schedule, sharding, store
 
 WIDTH = 100
 # What the run says of itself, or the data of a model: not asked of a section.
 PROVIDED = ("model.image_size", "model.channels", "model.dtype", "method.model",
             "method.batch_size", "method.total_steps", "data.data_dir", "data.seed", "data.views",
             "augment.batch_size", "augment.latents", "optimizer.schedule", "optimizer.batch_size",
-            "schedule.total_steps", "mesh.devices", "init.config", "init.state", "init.method",
-            "checkpoint.workdir", "checkpoint.metadata", "checkpoint.read_only", "context")
+            "schedule.total_steps", "mesh.devices", "checkpoint.workdir", "checkpoint.metadata",
+            "checkpoint.read_only", "context")
 
 
 def help_of(config_name: str) -> str:
@@ -28,7 +29,7 @@ def help_of(config_name: str) -> str:
   module = recipe.config_module(config_name)
   parts = [f"{path}\n\n{module.__doc__.strip()}",
            "variants: " + ", ".join(f":{name}" if name else "(none)" for name in module.VARIANTS)]
-  base = fields.find_module("configs", "base", "")
+  from configs import base
   comments = _comments(inspect.getsource(base), r"(\w+)=")
   top = [_line(f"--config.{name}", type(value).__name__, value, comments.get(name, ""))
          for name, value in config.items()
@@ -41,11 +42,11 @@ def help_of(config_name: str) -> str:
 
 def print_config(built: recipe.Recipe, workdir):
   """The completed config as JSON, then what would run. Nothing is compiled or written."""
-  from trainer import checkpoints, loop
+  from trainer import loop
   print(json.dumps(recipe.plain(built.config), indent=2))
   state, _ = loop.abstract_state(built)
   facts = loop.describe(built, state, 0, workdir)
-  if checkpoints.exist(workdir):
+  if store.exist(workdir):
     facts["run directory"] += " (holds a run, which would be continued)"
   for name, text in facts.items():
     print(f"{name:>13}  {text}")
@@ -58,18 +59,17 @@ def _sections(config):
   def found(folder, section):
     return fields.find_module(folder, config[section].name, f"config.{section}.name").make
   if config.init or "name" not in config.model:
-    yield "init", fields.find_module("trainer", "transfer", "").take, config.init
+    yield "init", networks.Init, config.init
   if "name" in config.model:
     yield "model", found("models", "model"), config.model
   yield "method", found("methods", "method"), config.method
-  yield "data", fields.find_module("input_pipeline", "batches", "").make, config.data
+  yield "data", batches.make, config.data
   augment = "latents" if config.data.get("latents") else "augment"
   yield "augment", fields.find_module("input_pipeline", augment, "").make, config.augment
   yield "optimizer", optimizer.make, config.optimizer
   yield "schedule", schedule.make, config.schedule
   yield "mesh", sharding.make_mesh, config.mesh
-  store = fields.find_module("trainer", "checkpoints", "").Checkpoints
-  yield "checkpoint", store, config.checkpoint
+  yield "checkpoint", store.Checkpoints, config.checkpoint
   for name, section in config.evals.items():
     module = fields.find_module("evaluators", section.get("name", name), f"config.evals.{name}")
     yield f"evals.{name}", module.evaluate, section
@@ -80,7 +80,7 @@ def _section(label: str, function: Callable, section: Mapping) -> list[str]:
   lines = [f"{label}: {file.parent.name}/{file.name}"]
   known: dict[Callable, dict[str, str]] = {}
   for name, field in fields.accepted(function).items():
-    of_others = name in recipe.FROM_DATA and field.owner is not function  # taken, but of no effect
+    of_others = name in networks.FROM_DATA and field.owner is not function  # of no effect here
     if name in PROVIDED or f"{label}.{name}" in PROVIDED or of_others:
       continue
     if field.owner not in known:

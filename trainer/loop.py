@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from trainer import checkpoints, evaluation, fields, sharding
+from trainer import evaluation, fields, networks, sharding, store
 from trainer import recipe as recipes
 from trainer import report as reports
 from trainer.logging import Reporter, duration, print_evaluations
@@ -39,7 +39,7 @@ def check_same_run(workdir: Path, config: dict):
   """Writes config.json, or compares with the one there. Raises TrainingError if they differ."""
   path = workdir / "config.json"
   if path.exists():
-    then = recipes.plain(checkpoints.load_config(workdir))
+    then = recipes.plain(store.load_config(workdir))
     lines = [line for line in recipes.differences(then, config)
              if not line.removeprefix("config.").startswith(FREE)]
     if lines:
@@ -173,25 +173,25 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
   batch_size = config.data.batch_size
 
   # --- The state: from the newest checkpoint, or new ----------------------------------------------
-  facts = {"config": recipes.plain(config), "code": checkpoints.code_version(),
+  facts = {"config": recipes.plain(config), "code": store.code_version(),
            "data": recipe.data.info.fingerprint}
   sharding.check_agreement({name: json.dumps(fact) for name, fact in facts.items()})
   init = initial_state(recipe)
   try:
     abstract, shardings = abstract_state(recipe, init)
     taken = None
-    if config.init and not checkpoints.exist(workdir):
+    if config.init and not store.exist(workdir):
       from trainer import transfer
-      taken = fields.call(transfer.take, config.init, "init", config=config, state=abstract,
-                           method=recipe.method)
+      taken = transfer.take(config, abstract, recipe.method,
+                            **fields.arguments(networks.Init, config.init, "init"))
   except (ValueError, FileNotFoundError) as error:  # what only the parameters' shapes can tell
     raise TrainingError(str(error)) from error
   check_same_run(workdir, facts["config"])
   if recipe.data.tokenizer:
-    keep_tokenizer(workdir / checkpoints.TOKENIZER, recipe.data.tokenizer.to_json())
-  store = fields.call(checkpoints.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
-                       metadata=facts)
-  restored = store.restore(abstract, {
+    keep_tokenizer(workdir / store.TOKENIZER, recipe.data.tokenizer.to_json())
+  kept = fields.call(store.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,
+                     metadata=facts)
+  restored = kept.restore(abstract, {
     "ema_statistics": lambda items: statistics(recipe.method, items["extra"])})
   start = int(restored[0].step) if restored else 0
   if start < recipe.total:
@@ -246,10 +246,10 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
                                                       key=lambda item: item[0] != "loss")}
       text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
       if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-        store.finish()
+        kept.finish()
         raise TrainingError(
           f"not finite at step {at}: {text}\n  last finite metrics: {last_finite}\n  last good "
-          f"checkpoint: {(store.steps() or ['none'])[-1]} in {store.directory}")
+          f"checkpoint: {(kept.steps() or ['none'])[-1]} in {kept.directory}")
       last_finite = f"step {at}, {text}"
     return {f"train/{name}": value for name, value in metrics.items()}
 
@@ -294,25 +294,25 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
         log_step(to_log)
       last, stop = step == recipe.total, requested(step)
       to_log = step if step % recipe.log_every == 0 or last else None
-      saves = store.due(step) or last or stop
+      saves = kept.due(step) or last or stop
       if to_log and (saves or evaluation_due(step)):  # the device stops for these anyhow
         log_step(to_log)
         to_log = None
       if saves:
         if unchecked:
           fetch(step)  # what is saved is finite
-        timed("checkpoints", store.save, state, step)
+        timed("checkpoints", kept.save, state, step)
         report.restart_clock(step)
       if stop and not last:
-        store.finish()
+        kept.finish()
         raise Preempted(f"stopped by {stop} after step {step:,} of {recipe.total:,}; it is saved "
-                        f"in {store.directory}")
+                        f"in {kept.directory}")
       evaluate_if_due(step)
-    timed("checkpoints", store.finish)
+    timed("checkpoints", kept.finish)
   finally:
     restore_handlers()
     batches.close()
-    store.close()
+    kept.close()
     report.close()
     wall = time.monotonic() - began
     spent["steps and logging"] = wall - sum(spent.values())

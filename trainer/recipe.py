@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from trainer import fields, optimizer, schedule, sharding
+from input_pipeline import batches, geometry
+from trainer import fields, networks, optimizer, schedule, sharding, store
+from trainer.networks import FROM_TEXT, make_model, split_name
 
 UNITS = ("steps", "epochs", "examples")
 SHORT = {"init": "init.run"}  # what --config.NAME=VALUE of a whole section means
-# What the data says of a model's inputs and outputs, to models that ask for it.
-FROM_TEXT = ("vocab_size", "context", "eos_id", "pad_id", "mask_id", "starts")
-FROM_DATA = ("image_size", "channels", "num_classes", *FROM_TEXT)
+
 
 
 def steps(section: Mapping, name: str, batch_size: int, train_size: int,
@@ -145,13 +145,6 @@ def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
 
 # --- From sections to functions -------------------------------------------------------------------
 
-def split_name(section: Mapping, field: str) -> tuple[str, dict]:
-  section = dict(section)
-  if not section.get("name"):
-    raise ValueError(f"config.{field}.name is missing")
-  return section.pop("name"), section
-
-
 def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) -> ConfigDict:
   """Writes into the config what it leaves to the data: steps, and the FROM_DATA of its model.
 
@@ -200,16 +193,7 @@ def make_augment(config: ConfigDict):
 
 def make_views(config: ConfigDict) -> tuple:
   """How the host cuts images: `geometry.View`s."""
-  return fields.find_module("input_pipeline", "geometry", "").views(config.augment.to_dict())
-
-
-def make_model(config: ConfigDict):
-  """The network of a config that `fill_from_data` has completed."""
-  name, section = split_name(config.model, "model")
-  make = fields.find_module("models", name, "config.model.name").make
-  from_data = {key: section.pop(key) for key in FROM_DATA if key in section}
-  fields.check(config.dtype, fields.accepted(make)["dtype"].hint, "config.dtype")
-  return fields.call(make, section, "model", dtype=config.dtype, **from_data)
+  return geometry.views(config.augment.to_dict())
 
 
 def make_method(config: ConfigDict):
@@ -223,14 +207,15 @@ def make_method(config: ConfigDict):
 
 def make_data(config: ConfigDict, data_dir: str | None):
   """The input pipeline, with the cuts of config.augment."""
-  return fields.call(fields.find_module("input_pipeline", "batches", "").make, config.data, "data",
+  return fields.call(batches.make, config.data, "data",
               data_dir=data_dir, seed=config.seed, views=make_views(config))
 
 
 def stand_in(config: ConfigDict):
   """What `make_data` gives, by its shapes alone: for planning and timing without the data set."""
   model, mean = config.model, config.augment.get("mean", 0.5)
-  return fields.find_module("input_pipeline", "stand_in", "").stand_in(
+  from input_pipeline.stand_in import stand_in
+  return stand_in(
     config.data.source, config.data.batch_size, config.augment.get("image_size"),
     model.get("channels") or (len(mean) if isinstance(mean, (tuple, list)) else None),
     model.get("num_classes") or 0, views=len(make_views(config)),
@@ -276,7 +261,7 @@ class Recipe(NamedTuple):
   total: int  # steps
   log_every: int  # steps
   eval_every: int  # steps; 0: at the end only
-  checkpoint: Mapping  # arguments of `checkpoints.open_manager`, in steps
+  checkpoint: Mapping  # arguments of `store.Checkpoints`, in steps
 
 
 def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices=None) -> Recipe:
@@ -284,8 +269,7 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
 
   `data` and `devices` stand in for the config's data set and the devices of this machine.
   """
-  if config.init:
-    config = fields.find_module("trainer", "transfer", "").fill(config)
+  config = networks.fill(config)
   mesh = fields.call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
   data = make_data(config, data_dir) if data is None else data
   train_size = data.info.num_examples[data.train_split]
@@ -305,8 +289,8 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   check_evals(config.evals)
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.
-  store = fields.find_module("trainer", "checkpoints", "").Checkpoints
-  fields.arguments(store, checkpoint, "checkpoint", workdir="", metadata=None, read_only=None)
+  fields.arguments(store.Checkpoints, checkpoint, "checkpoint", workdir="", metadata=None,
+                   read_only=None)
   return Recipe(config, mesh, data, augment, method, tx, rate, config.total_steps,
                 max(1, steps(config, "log_every", batch_size, train_size, 50)),
                 steps(config, "eval_every", batch_size, train_size, 0),

@@ -2,18 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from trainer import checkpoints, fields, recipe
+from models import adapt
+from trainer import checkpoints, networks, store
+from trainer.networks import Init, image_network, text_network
 from trainer.optimizer import path_name
 from trainer.state import statistics, with_statistics
-
-FRESH = "^(head|pool_norm|map_pool|head_norm|representation)/"
 
 
 class Taken(NamedTuple):
@@ -24,89 +23,34 @@ class Taken(NamedTuple):
   rows: list[tuple[str, str, str]]  # (path, shape, what became of it), for a person
 
 
-def image_network(config: ConfigDict) -> tuple[str, Any]:
-  """(its path in the parameters, the network itself) of a completed config's model."""
-  module = fields.find_module("models", config.model.name, "config.model.name")
-  path, model = getattr(module, "IMAGE_NETWORK", ""), recipe.make_model(config)
-  return path, getattr(model, path) if path else model
-
-
-def text_network(config: ConfigDict) -> str:
-  """Its path in the parameters of a config's model. Raises ValueError where there is none."""
-  module = fields.find_module("models", config.model.name, "config.model.name")
-  if not hasattr(module, "TEXT_NETWORK"):
-    raise ValueError(f"config.init.text_run: a model {config.model.name} has no text network that "
-                     "runs share")
-  return module.TEXT_NETWORK
-
-
-def fill(config: ConfigDict) -> ConfigDict:
-  """A config without `model.name` gets the image network of `init.run`, and its normalisation.
-
-  Any gets the text network of `init.text_run`, and its tokenizer unless it has a file of its own.
-  What the config says of the model goes before what the other run was.
-
-  Raises ValueError or FileNotFoundError where there is no such run.
-  """
-  if not config.init:
-    return config
-  section = fields.arguments(take, config.init, "init", config=config, state=None, method=None)
-  config = ConfigDict(config.to_dict())
-  if section.get("text_run") and "vocab_size" not in config.model:  # it has, in a finished run
-    here, run = text_network(config), section["text_run"]
-    there = checkpoints.load_config(run)
-    texts = fields.find_module("models", "adapt", "").text_fields(
-      getattr(recipe.make_model(there), text_network(there)))
-    config.model = {**{f"{here}_{name}": value for name, value in texts.items()},
-                    **config.model.to_dict()}
-    if not str(config.data.get("tokenizer")).endswith(".json"):
-      config.data.tokenizer = str(Path(run) / checkpoints.TOKENIZER)
-  if config.model.get("name"):  # a finished run needs no other one
-    return config
-  there = checkpoints.load_config(_given(section.get("run")))
-  adapt = fields.find_module("models", "adapt", "")
-  config.model = {**adapt.fields(image_network(there)[1]), **config.model.to_dict()}
-  for name in ("mean", "std"):
-    if name in there.augment and config.augment.get(name) is None:
-      config.augment[name] = there.augment[name]
-  return config
-
-
-def take(config: ConfigDict, state, method, *, run: str = "", source: str | None = None,
-         into: str | None = None, fresh: str | None = FRESH, text_run: str = "") -> Taken:
+def take(config: ConfigDict, state, method, **init: Init) -> Taken:
   """The parameters and batch statistics that a new run has from another, or from two.
 
   Args:
     config: of the new run, completed.
     state, method: its TrainState, or the shapes of one, and its method.
-    run: the other's run directory.
-    source, into: paths of the part there and of the part here, such as "encoder" and "image"; None:
-      the image network, whose positions, patches and channels are made to fit; "": everything.
-    fresh: regular expression: what matches it below `into` is not taken but starts anew. None:
-      nothing is.
-    text_run: the run directory that the text network is taken from, as it is; "": none, and `run`
-      has to be given.
+    init: fields of `networks.Init`: which runs, and which parts of them.
 
   Raises:
     ValueError: something here is neither there nor fresh, or of another shape; names the first.
     FileNotFoundError: there is no such run.
   """
+  run, source, into, fresh, text_run = Init(**init)
   if text_run:
-    there = text_network(checkpoints.load_config(text_run))
+    there = text_network(store.load_config(text_run))
     text = take(config, state, method, run=text_run, source=there, into=text_network(config),
                 fresh=fresh)
-    image = take(config, state, method, run=run, source=source, into=into,
-                 fresh=fresh) if run else Taken({}, {}, [])
+    image = take(config, state, method, **{**init, "text_run": ""}) if run else Taken({}, {}, [])
     return Taken({**image.params, **text.params}, {**image.batch_stats, **text.batch_stats},
                  image.rows + text.rows)
-  loaded = checkpoints.load_run(_given(run))
+  loaded = checkpoints.load_run(networks.given(run))
   there_path, there = image_network(loaded.config)
   here_path, here = image_network(config)
   source_path, into_path = (there_path if source is None else source,
                             here_path if into is None else into)
   given, notes = _part(loaded.params, source_path), {}
   if (source_path, into_path) == (there_path, here_path):
-    given, notes = fields.find_module("models", "adapt", "").adapt(given, there, here)
+    given, notes = adapt.adapt(given, there, here)
   wanted = _part(state.params, into_path)
   rows, params, wrong = [], {}, []
   for name, x in wanted.items():
@@ -155,17 +99,10 @@ def resized(run, config: ConfigDict):
     raise ValueError(f"config.model.patch = {here.patch} makes {here.grid} patches of images of "
                      f"{here.image_size} pixels; the run has {there.grid}: keep as many")
   prefix = f"{path}/" if path else ""
-  part, _ = fields.find_module("models", "adapt", "").adapt(_part(run.params, path), there, here)
+  part, _ = adapt.adapt(_part(run.params, path), there, here)
   part = {prefix + name: array for name, array in part.items()}
   params = jax.tree.map_with_path(lambda at, x: part.get(path_name(at), x), run.params)
   return run._replace(params=params, config=config)
-
-
-def _given(run: str | None) -> str:
-  if not run:
-    raise ValueError("config.init.run is not given: --config.init=DIR, the run directory to start "
-                     "from")
-  return run
 
 
 def put(state, taken: Taken, method):
