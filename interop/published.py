@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from einops import EinopsError
 
-from interop import bert, clip, dit, formats, layout, mae, moco, resnet, vit
+from interop import bert, clip, dit, formats, layout, mae, moco, npz, resnet, vit
 from interop.formats import Format
 from models import positions
 from models.vit import ViT
 
-FAMILIES = (moco, mae, clip, bert, dit, resnet, vit)
+FAMILIES = (moco, mae, clip, bert, dit, resnet, vit, npz)
 FORMATS: dict[str, Format] = {form.name: form for family in FAMILIES for form in family.FORMATS}
 READABLE = [form for form in FORMATS.values() if form.describe]
 

@@ -60,6 +60,12 @@ def test_nothing_goes_round_in_a_circle(room):
   assert order.is_active()
 
 
+def test_rooms_can_be_read_in_one_sitting():
+  long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+          for room in (*ROOMS, "configs") for path in (ROOT / room).glob("**/*.py")}
+  assert not {name: lines for name, lines in long.items() if lines > 350}
+
+
 def test_only_the_input_pipeline_knows_tfds():
   for path in ROOT.glob("*/*.py"):
     if path.parent.name not in ("input_pipeline", "tests"):
