@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import dm_pix as pix
 import jax
@@ -98,10 +98,14 @@ def check_mix_size(size, batch_size):
                      f"its {batch_size} examples")
 
 
-def one_view(section, view, *, mean=0.5, std=0.5, affine=None, three_augment=False,
-             grayscale_first=False, color_jitter=None, jitter_prob=1.0, grayscale=0.0, blur=0.0,
-             solarize=0.0, flip=False, randaugment=None, erase=0.0, mixup=0.0, cutmix=0.0,
-             mix_prob=1.0, mix_size=None, mix_partner="mirror") -> Augment:
+def one_view(section, view, *, mean: float | tuple[float, ...] = 0.5,
+             std: float | tuple[float, ...] = 0.5, affine: Mapping | None = None,
+             three_augment: bool = False, grayscale_first: bool = False,
+             color_jitter: tuple[float, ...] | None = None, jitter_prob: float = 1.0,
+             grayscale: float = 0.0, blur: float = 0.0, solarize: float = 0.0, flip: bool = False,
+             randaugment: str | tuple | None = None, erase: float = 0.0, mixup: float = 0.0,
+             cutmix: float = 0.0, mix_prob: float = 1.0, mix_size: int | None = None,
+             mix_partner: Literal[*PARTNERS] = "mirror") -> Augment:
   """The recipe of one view; operations run in the order of the keywords from `affine` on.
 
   Args:

@@ -179,7 +179,10 @@ class Reader:
     if self.latents:
       from input_pipeline.latents import read_latent
       result = {"image": read_latent(record, self.latents)}
-    elif looks and record["image"] is not None:
+    elif looks and record["image"] is None:
+      black = decode(record, self.channels)
+      result = dict(zip(IMAGES, [geometry.see_array(black, look) for look in looks]))
+    elif looks:
       result = dict(zip(IMAGES, decode_looks(record, self.channels, looks, coarse)))
     else:
       result = {"image": decode(record, self.channels)}
@@ -236,7 +239,7 @@ class Reader:
   def streamed(self, split, numbers, batch_size, rows, index_of, is_train):
     """`read` of a split that is decoded as it is read."""
     records = self.splits[split]
-    most = most_captions(records) if numbers and not is_train else 0
+    most = most_captions(records) if self.tokens and numbers and not is_train else 0
     permuted = is_train and self.other is not None
 
     def example(i):

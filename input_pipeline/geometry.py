@@ -67,7 +67,8 @@ def check(section: str, ok: bool, field: str, value: Any, allowed: str, names=()
 
 
 def is_range(value: Any, high: float = math.inf) -> bool:
-  return np.shape(value) == (2,) and 0 < value[0] <= value[1] <= high
+  return (isinstance(value, tuple | list) and len(value) == 2 and all(
+    isinstance(x, int | float) for x in value) and 0 < value[0] <= value[1] <= high)
 
 
 def view(section: str, **fields) -> View:

@@ -75,10 +75,13 @@ def read(path, weights: str = "") -> Source:
     if ".." in name or name.startswith(("/", "~")) or not name.isprintable() or "\\" in name:
       raise ValueError(f"{file}: {name!r} is no name of a parameter; the file was made to do harm")
   found = {name: _json(folder / name) for name in
-           ("config.json", "open_clip_config.json", "preprocessor_config.json")}
+           ("config.json", "open_clip_config.json", "preprocessor_config.json",
+            "processor_config.json")}
+  images = found["preprocessor_config.json"] or found["processor_config.json"].get(
+    "image_processor") or {}  # the newer of Hugging Face's files
   tokenizer = folder / "tokenizer.json"
   return Source(file, tensors, metadata, found["config.json"] or found["open_clip_config.json"],
-                found["preprocessor_config.json"], tokenizer if tokenizer.is_file() else None)
+                images, tokenizer if tokenizer.is_file() else None)
 
 
 def write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None):

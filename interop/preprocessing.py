@@ -43,31 +43,43 @@ def assumed(augment: Mapping, source: files.Source, overrides: Mapping) -> list[
 def _hugging_face(said: Mapping) -> dict:
   """Of the image processors' fields: do_resize to size, do_center_crop to crop_size."""
   name = str(said.get("image_processor_type") or said.get("feature_extractor_type") or "")
-  size, crop = said.get("size"), said.get("crop_size")
-  cropped = bool(said.get("do_center_crop", crop is not None))
-  if isinstance(size, int):
+  size, crop = (_named(said.get(key)) for key in ("size", "crop_size"))
+  cropped = bool(said.get("do_center_crop", bool(crop)))
+  if "side" in size:  # one number: of the shorter side, or of both
     shorter = name.startswith(SHORTER_SIDE) or not name and cropped
-    size = dict(shortest_edge=size) if shorter else dict(height=size, width=size)
-  size = size or {}
-  squash, side = "shortest_edge" not in size, size.get("shortest_edge", size.get("height"))
-  pixels = _two(crop) if crop and cropped else _two(size)
-  share = pixels and side and pixels[0] / side
-  if name.lower().startswith("convnext") and side:  # image_processing_convnext.py: ConvNext's own
-    squash, share = side >= 384, 1.0 if side >= 384 else said.get("crop_pct") or 224 / 256
-  if not said.get("do_resize", True) or not side or not 0 < share <= 1:
-    squash = share = None
+    size = dict(shortest_edge=size["side"]) if shorter else _square(size["side"])
+  squash, resized = "shortest_edge" not in size, _pair(size)
+  pixels = _pair(crop) if crop and cropped else resized
+  shares = {want / side for want, side in zip(pixels or (), resized or ())}
+  if name.lower().startswith("convnext") and resized:  # image_processing_convnext.py: its own rule
+    squash = resized[0] >= 384
+    shares = {1.0 if squash else said.get("crop_pct") or 224 / 256}
+  # Where the sides have several shares, or nothing is resized, no field of ours says it.
+  known = said.get("do_resize", True) and len(shares) == 1 and 0 < min(shares) <= 1
   plain = said.get("do_normalize") is False
   return dict(mean=0.0 if plain else said.get("image_mean"),
-              std=1.0 if plain else said.get("image_std"), image_size=pixels, eval_crop=share,
-              eval_squash=squash, interpolation=FILTERS.get(said.get("resample")))
+              std=1.0 if plain else said.get("image_std"), image_size=pixels,
+              eval_crop=min(shares) if known else None, eval_squash=squash if known else None,
+              interpolation=FILTERS.get(said.get("resample")))
 
 
-def _two(size) -> tuple[int, int] | None:
-  """(height, width) of what Hugging Face calls a size."""
+def _square(side: int) -> dict:
+  return dict(height=side, width=side)
+
+
+def _named(size) -> dict:
+  """What Hugging Face calls a size, by names: a number is a "side", a pair (height, width)."""
   if isinstance(size, int):
-    return size, size
-  short = size.get("shortest_edge")
-  pair = (short, short) if short else (size.get("height"), size.get("width"))
+    return dict(side=size)
+  if isinstance(size, list | tuple):
+    return dict(zip(("height", "width"), size, strict=True))
+  return {name: value for name, value in (size or {}).items() if value is not None}
+
+
+def _pair(size: Mapping) -> tuple[int, int] | None:
+  """(height, width) of a named size."""
+  side = size.get("shortest_edge", size.get("side"))
+  pair = (side, side) if side else (size.get("height"), size.get("width"))
   return pair if all(pair) else None
 
 
@@ -75,8 +87,9 @@ def _timm(said: Mapping) -> dict:
   """timm/data/transforms_factory.py: transforms_imagenet_eval, its defaults from data/config.py."""
   mode = said.get("crop_mode") or "center"
   known = mode in ("center", "squash")
-  return dict(mean=said.get("mean"), std=said.get("std"), image_size=said.get("input_size", [])[1:]
-              or None, eval_crop=(said.get("crop_pct") or 0.875) if known else None,
+  return dict(mean=said.get("mean"), std=said.get("std"),
+              image_size=(said.get("input_size") or [])[1:] or None,
+              eval_crop=(said.get("crop_pct") or 0.875) if known else None,
               eval_squash=mode == "squash" if known else None,
               interpolation=FILTERS.get(said.get("interpolation") or "bicubic"))
 
@@ -91,6 +104,10 @@ def _open_clip(said: Mapping) -> dict:
               interpolation=FILTERS.get(said.get("interpolation", "bicubic")) if said else None)
 
 
+def _known(augment: Mapping) -> dict:
+  return {name: value for name, value in augment.items() if value is not None}
+
+
 def resized(augment: Mapping) -> tuple[int, int]:
   """(height, width) that evaluation resizes to, or covers, before it cuts the centre."""
   return tuple(math.floor(n / augment.get("eval_crop", 1.0) + 1e-6) for n in augment["image_size"])
@@ -102,6 +119,7 @@ def _each(value, channels: int) -> list:
 
 def to_hugging_face(augment: Mapping, channels: int) -> dict:
   """preprocessor_config.json; its class is one that heeds all of it."""
+  augment = _known(augment)
   (h, w), (rows, columns) = augment["image_size"], resized(augment)
   squash = augment.get("eval_squash", False)
   cut = not squash or (h, w) != (rows, columns)
@@ -119,6 +137,7 @@ def to_hugging_face(augment: Mapping, channels: int) -> dict:
 
 def to_timm(augment: Mapping, channels: int) -> dict:
   """pretrained_cfg of timm's config.json."""
+  augment = _known(augment)
   how = augment.get("interpolation", "bicubic")
   return dict(input_size=[channels, *augment["image_size"]],
               interpolation={"linear": "bilinear", "lanczos3": "lanczos"}.get(how, how),

@@ -147,6 +147,24 @@ def test_which_ones_stay(tmp_path):
   assert checkpoints.Checkpoints(run, read_only=True).steps() == [2, 3, 6, 7]
 
 
+@pytest.mark.parametrize("keep", [1, 3, 5, 9, None])
+def test_the_newest_stay(tmp_path, keep):
+  write(tmp_path, range(1, 8), keep=keep)
+  stayed = checkpoints.Checkpoints(tmp_path, read_only=True).steps()
+  assert stayed == [*range(1, 8)][-(keep or 7):]
+
+
+def test_an_error_without_words_is_told_by_its_name(tmp_path, monkeypatch):
+  write(tmp_path, [1, 2], keep=2)
+  kept = checkpoints.Checkpoints(tmp_path, read_only=True)
+
+  def restore(*args, **kwargs):
+    raise AssertionError
+  monkeypatch.setattr(kept.manager, "restore", restore)
+  with pytest.raises(checkpoints.CheckpointError, match="is damaged: AssertionError"):
+    kept.read(2, {})
+
+
 def test_due_by_steps_and_by_minutes(tmp_path):
   by_steps = checkpoints.Checkpoints(tmp_path / "a", every_steps=3)
   assert [step for step in range(1, 10) if by_steps.due(step)] == [3, 6, 9]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
+import numpy as np
 import pytest
 
 import train
@@ -57,6 +58,10 @@ def test_what_a_section_may_not_say(section, message):
     fields.call(takes, section, "model", image_size=8)
 
 
+def test_numbers_of_numpy_are_numbers():
+  assert fields.plain({"a": (np.float64(0.5), np.int64(2))}) == {"a": (0.5, 2)}
+
+
 def test_what_a_section_may_say():
   made = fields.call(takes, dict(share=1, dims=[1, 2], pair=(3, 4), kind="b", width=None,
                                  anything={"a": [1]}), "model", image_size=8, not_asked_for=1)
@@ -85,7 +90,7 @@ def test_every_field_says_what_it_is(label, function):
     if name in help.PROVIDED or f"{label}.{name}" in help.PROVIDED or (
         label == "model" and name in networks.FROM_DATA):
       continue
-    assert field.hint is not inspect.Parameter.empty or label == "augment", name
+    assert field.hint is not inspect.Parameter.empty, name
     assert help.help_lines(field.owner).get(field.own_name), name
 
 
@@ -152,6 +157,14 @@ def test_what_a_run_provides_is_refused_of_a_section(name):
   ("mae", "evals.knn.context=3", "config.evals.knn.context"),
   ("mae", "evals.linear_probe.l2=0.1", "config.evals.linear_probe.l2 = 0.1: expected numbers"),
   ("mae", "evals.reconstruction.examples=2.5", "config.evals.reconstruction.examples = 2.5"),
+  ("vit", "accumulate=0", "config.accumulate = 0: expected at least 1"),
+  ("vit", "ema_decay=none", "config.ema_decay = None: expected float"),
+  ("vit", "seed=1.5", "config.seed"),
+  ("vit", "model.num_classes=abc", "config.model.num_classes = 'abc': expected int or None"),
+  ("vit", "model.context=7", "config.model.context: unknown field"),
+  ("vit", "augment.flip=no", "config.augment.flip = 'no': expected bool"),
+  ("vit", "augment.mean=abc", "config.augment.mean = 'abc': expected float or numbers"),
+  ("vit", "augment.crop_area=('a','b')", "augment.crop_area"),
   ("vit", "dtype=float8", "config.dtype = 'float8': did you mean 'float32'"),
   ("vit", "model.pool=sum", "config.model.pool = 'sum'"),
   ("mae", "model.patch_stem=resnet", "config.model.patch_stem = 'resnet': allowed: patches"),

@@ -375,11 +375,17 @@ TOLD = {  # publisher's file -> image_size, eval_crop, eval_squash, interpolatio
                                 size=dict(shortest_edge=384), crop_pct=0.9, resample=3),
                    384, 1.0, True, "bicubic"),
   "not resized": (hugging_face(do_resize=False, size=EDGE), 256, None, None, None),
+  "nulls": (hugging_face(size=dict(shortest_edge=None, height=224, width=224)),
+            224, 1.0, True, None),
+  "a pair": (hugging_face(size=[224, 224], resample=2), 224, 1.0, True, "linear"),
+  "unlike sides": (hugging_face(size=dict(height=256, width=320), crop_size=224,
+                                do_center_crop=True), 224, None, None, None),
   "timm": (timm(input_size=[3, 224, 224], crop_pct=0.9, interpolation="bicubic"),
            224, 0.9, False, "bicubic"),
   "timm, as data/config.py": (timm(), None, 0.875, False, "bicubic"),
   "timm squash": (timm(input_size=[3, 448, 448], crop_pct=1.0, crop_mode="squash",
                        interpolation="lanczos"), 448, 1.0, True, "lanczos3"),
+  "timm, a null": (timm(input_size=None, crop_pct=0.9), None, 0.9, False, "bicubic"),
   "timm border": (timm(crop_mode="border", interpolation="bilinear"), None, None, None, "linear"),
   "open_clip": ((dict(preprocess_cfg=dict(size=224, mean=[0.1, 0.2, 0.3], std=[1, 2, 3])), {}),
                 224, 1.0, False, "bicubic"),
@@ -418,6 +424,22 @@ def test_preprocessing_comes_back(share, squash, how):
   assert {**back, "eval_crop": share} == augment
   timm = dict(pretrained_cfg=preprocessing.to_timm(augment, 3))
   assert preprocessing.told(timm, {}) == augment
+
+
+def test_fields_of_none_are_their_defaults():
+  augment = dict(image_size=(32, 32), interpolation=None, mean=None, std=0.25, eval_crop=1.0)
+  assert preprocessing.to_hugging_face(augment, 2)["resample"] == 3
+  assert preprocessing.to_hugging_face(augment, 2)["image_mean"] == [0.5, 0.5]
+  assert preprocessing.to_timm(augment, 1)["interpolation"] == "bicubic"
+
+
+def test_the_newer_file_of_a_processor_is_read(tmp_path, capsys):
+  folder = written(tmp_path, published.load("vit"), config="vit")
+  (folder / "processor_config.json").write_text(json.dumps(dict(image_processor=dict(
+    size=dict(height=16, width=16), resample=2, image_mean=[0.5] * 3, image_std=[0.25] * 3))))
+  assert importing(folder, tmp_path / "run") == 0
+  assert "config.augment" not in capsys.readouterr().out
+  assert checkpoints.load_run(tmp_path / "run").config.augment.std == [0.25] * 3
 
 
 def test_what_is_assumed_of_images_is_said(tmp_path, capsys):

@@ -325,3 +325,10 @@ def test_undecodable_records_are_named(monkeypatch):
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
   with pytest.raises(ValueError, match="here.*decompression bomb"):
     decode.decode({"image": whole, "name": "here"}, 3)
+
+
+def test_class_names_that_are_the_same_number_have_one_order(tmp_path):
+  for name in ("1", "01", "10", "2"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.png").write_bytes(encoded(noise(4, 4, 3)))
+  assert open_source(f"folder:{tmp_path}").info.class_names == ("01", "1", "2", "10")

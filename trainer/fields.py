@@ -17,6 +17,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from ml_collections import ConfigDict
 
 PLAIN = (bool, int, float, str, tuple, dict)
@@ -155,9 +156,11 @@ def check(value, hint, field: str):
 # --- Calls ----------------------------------------------------------------------------------------
 
 def plain(value):
-  """A config's value with dicts for its sections and tuples for lists, as JSON has of tuples."""
+  """A config's value with dicts for its sections, tuples for lists and Python's numbers."""
   if isinstance(value, ConfigDict | dict):
     return {name: plain(x) for name, x in value.items()}
+  if isinstance(value, np.generic):
+    return value.item()
   return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
 
 

@@ -38,8 +38,10 @@ def make_model(config: ConfigDict):
   """The network of a config that `fill_from_data` has completed."""
   name, section = split_name(config.model, "model")
   make = fields.find_module("models", name, "config.model.name").make
-  from_data = {key: section.pop(key) for key in FROM_DATA if key in section}
-  fields.check(config.dtype, fields.accepted(make)["dtype"].hint, "config.dtype")
+  allowed = fields.accepted(make)
+  from_data = {key: section.pop(key) for key in FROM_DATA if key in section and (
+    key in allowed or key not in FROM_TEXT)}  # what is said of texts to others is refused below
+  fields.check(config.dtype, allowed["dtype"].hint, "config.dtype")
   return fields.call(make, section, "model", dtype=config.dtype, **from_data)
 
 

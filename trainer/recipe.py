@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from configs.base import get_base
 from input_pipeline import batches, geometry
 from trainer import fields, networks, optimizer, schedule, sharding, store
 from trainer.networks import FROM_TEXT, make_model, split_name
@@ -164,6 +165,9 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   if not config.data.get("latents"):  # said of every run, as its default may change
     config.augment.eval_crop = config.augment.get("eval_crop") or 1.0
   model = config.model
+  for name, hint in (("image_size", int | tuple[int, int] | None), ("channels", int | None),
+                     ("num_classes", int | None)):
+    fields.check(fields.plain(model.get(name)), hint, f"config.model.{name}")
   size = model.get("image_size") or config.augment.image_size
   model.image_size = (size, size) if isinstance(size, int) else tuple(size)
   model.channels = model.get("channels") or c
@@ -240,6 +244,16 @@ def make_optimizer(config: ConfigDict, train_size: int):
               schedule=multiplier)
 
 
+def check_scalars(config: ConfigDict):
+  """Raises ValueError where a field outside the sections is not what its default is."""
+  for name, default in get_base().items():
+    if not isinstance(default, ConfigDict) and name in config:
+      fields.check(fields.plain(config[name]), type(default), f"config.{name}")
+  for name in ("accumulate", "eval_batch_size"):
+    if config[name] < 1:
+      raise ValueError(f"config.{name} = {config[name]}: expected at least 1")
+
+
 def check_evals(evals: Mapping):
   """Raises ValueError where an evaluator does not exist, or does not take what is said of it."""
   for label, section in evals.items():
@@ -269,15 +283,16 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
 
   `data` and `devices` stand in for the config's data set and the devices of this machine.
   """
+  check_scalars(config)
   config = networks.fill(config)
   mesh = fields.call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
   data = make_data(config, data_dir) if data is None else data
   train_size = data.info.num_examples[data.train_split]
   config = fill_from_data(config, data.info, train_size, data.tokenizer)
-  augment = make_augment(config)
-  method = make_method(config)
   batch_size = config.data.batch_size
   sharding.check_batch(batch_size, config.accumulate, mesh)
+  augment = make_augment(config)
+  method = make_method(config)
   if config.wandb and importlib.util.find_spec("wandb") is None:
     raise ValueError("config.wandb = True: Weights & Biases is not installed (pip install wandb)")
   if not 0 <= config.ema_decay < 1 or config.ema_gamma < 0:

@@ -71,6 +71,10 @@ def exist(workdir) -> bool:
   return any(path.name.isdigit() for path in epath.Path(workdir).glob("checkpoints/*"))
 
 
+def _first_line(error: Exception) -> str:
+  return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class _Preserve:
   """Which checkpoints stay: the newest, those at certain steps, the best by a logged metric."""
 
@@ -80,7 +84,7 @@ class _Preserve:
 
   def should_preserve(self, checkpoints, *, context):
     steps = [checkpoint.step for checkpoint in checkpoints]
-    newest = steps if self.keep is None else steps[len(steps) - self.keep:]
+    newest = steps if self.keep is None else steps[-self.keep:]
     scored = [(self.sign * row[self.best], row["step"]) for row in read_metrics(self.workdir)
               if self.best in row and row["step"] in steps]
     best = max(scored)[1] if scored else None
@@ -174,7 +178,7 @@ class Checkpoints:
       for rest in self.directory.glob(f"{step}.*tmp*"):
         shutil.rmtree(rest, ignore_errors=True)
       message = (f"checkpoint of step {step} could not be written to {self.directory}: "
-                 f"{str(error).splitlines()[0]}. Earlier ones are whole: {self.steps()}")
+                 f"{_first_line(error)}. Earlier ones are whole: {self.steps()}")
       if self.on_error == "raise":
         raise CheckpointError(message) from error
       log.warning("%s. Training goes on to the next one.", message)
@@ -190,7 +194,7 @@ class Checkpoints:
                if facts["digests"][name] != int(digest(items[name]))]
     except Exception as error:  # whatever the storage makes of a file that is not whole
       raise CheckpointError(f"{self.directory / str(step)} is damaged: "
-                            f"{str(error).splitlines()[0][:200]}") from error
+                            f"{_first_line(error)[:200]}") from error
     if wrong:
       raise CheckpointError(f"{self.directory / str(step)} is damaged: the numbers of "
                             f"{', '.join(wrong)} are not those that were saved")

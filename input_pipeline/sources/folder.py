@@ -43,7 +43,8 @@ def open_source(rest: str, *, on_error: str = "raise", latents: str | None = Non
           for split in (splits if is_split else ["train"])}
 
   names = {str(row["label"]) for row in rows["train"] if "label" in row}
-  classes = sorted(names, key=int) if all(map(str.isdecimal, names)) else sorted(names)
+  numbers = all(map(str.isdecimal, names))
+  classes = sorted(names, key=lambda name: (int(name), name) if numbers else name)
   index = {name: i for i, name in enumerate(classes)}
   for split, examples in rows.items():
     for row in examples:
