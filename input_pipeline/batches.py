@@ -134,7 +134,7 @@ def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int
                        lambda position: np.where(position < count, position, 0), is_train=False)
 
   spec = make_spec(batch_size, views[0].image_size, info.image_shape[2], info.num_classes, tokens,
-                   len(views) if reader.moves(is_train=True) else 1, latents)
+                   len(views) if reader.cut[True] else 1, latents)
   return Data(info, train, evaluate, spec, train_split, eval_split, tokens)
 
 
@@ -151,6 +151,7 @@ class Reader:
     self.native = None if height is None or width is None else (height, width)
     self.arrays = {}  # split -> what is held in memory
     self.skipped = {split: {} for split in splits}  # number -> error, of what was streamed so far
+    self.cut = {is_train: self.moves(is_train) for is_train in (True, False)}  # not once an example
     self.centre = geometry.Look(functools.partial(geometry.for_evaluation, views[0]),
                                 views[0].interpolation)
 
@@ -165,7 +166,7 @@ class Reader:
 
   def looks(self, position: int, is_train: bool) -> list[geometry.Look]:
     """What is seen of the image at a position; [] where it is the whole."""
-    if not self.moves(is_train):
+    if not self.cut[is_train]:
       return []
     if not is_train:
       return [self.centre]

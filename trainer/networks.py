@@ -11,8 +11,6 @@ from trainer import fields, store
 # What the data says of a model's inputs and outputs, to models that ask for it.
 FROM_TEXT = ("vocab_size", "context", "eos_id", "pad_id", "mask_id", "starts")
 FROM_DATA = ("image_size", "channels", "num_classes", *FROM_TEXT)
-
-
 FRESH = "^(head|pool_norm|map_pool|head_norm|representation)/"
 
 
@@ -71,14 +69,13 @@ def fill(config: ConfigDict) -> ConfigDict:
   """
   if not config.init:
     return config
+  from models import adapt
   init = fields.call(Init, config.init, "init")
   config = ConfigDict(config.to_dict())
   if init.text_run and "vocab_size" not in config.model:  # it has, in a finished run
     here, run = text_network(config), init.text_run
     there = store.load_config(run)
-    from models import adapt
-    texts = adapt.text_fields(
-      getattr(make_model(there), text_network(there)))
+    texts = adapt.text_fields(getattr(make_model(there), text_network(there)))
     config.model = {**{f"{here}_{name}": value for name, value in texts.items()},
                     **config.model.to_dict()}
     if not str(config.data.get("tokenizer")).endswith(".json"):
@@ -86,7 +83,6 @@ def fill(config: ConfigDict) -> ConfigDict:
   if config.model.get("name"):  # a finished run needs no other one
     return config
   there = store.load_config(given(init.run))
-  from models import adapt
   config.model = {**adapt.fields(image_network(there)[1]), **config.model.to_dict()}
   for name in ("mean", "std"):
     if name in there.augment and config.augment.get(name) is None:
