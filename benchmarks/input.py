@@ -77,7 +77,8 @@ def ours(folder: Path, case: str):
   """Batches as a run has them once they are on the device and augmented."""
   import jax
 
-  from input_pipeline import augment, batches, geometry
+  from input_pipeline import batches, geometry
+  from input_pipeline.augment import images as augment
   if case == "memory":
     return batches.make(f"folder:{folder}/memory", batch_size=BATCH[case]).train(0, 10**9)
   cut = dict(image_size=SIZE)

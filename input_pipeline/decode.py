@@ -18,14 +18,12 @@ def decode(record: Mapping[str, Any], channels: int) -> np.ndarray:
   """Decodes a record to uint8 (h, w, c).
 
   Args:
-    record: {"image": encoded bytes or their file, "name": str}. None is one black pixel.
+    record: {"image": encoded bytes or their file, "name": str}.
     channels: 1, 3 or 4; colours are converted, transparency is laid on white.
 
   Raises:
     BadRecord: the record cannot be decoded; names it. Pillow's limit on pixels stays on.
   """
-  if record["image"] is None:
-    return np.zeros((1, 1, channels), np.uint8)
   with opened(record) as image:
     return _array(_converted(_jpeg(image, (0, 0)), channels), channels)
 

@@ -7,7 +7,7 @@ generator that the caller gives, one for each (seed, position) of a run.
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ def view(section: str, **fields) -> View:
   return made._replace(image_size=None if made.image_size is None else size)
 
 
-def views(augment: dict) -> tuple[View, ...]:
+def views(augment: Mapping) -> tuple[View, ...]:
   """The views that a config's section "augment" speaks of: one, or two with a second_view."""
   first = {name: augment[name] for name in View._fields if augment.get(name) is not None}
   made, second = (view("augment", **first),), augment.get("second_view")
@@ -204,6 +204,32 @@ def _resize(image, size, interpolation, exact, top, left, height, width):
   cykooz_resizer.Resizer().resize_pil(
     image, result, cykooz_resizer.ResizeOptions(how, crop_box=box))
   return result
+
+
+def sample(array: np.ndarray, cut: Cut) -> np.ndarray:
+  """The cut of what stands at pixels but is no colour, (h, w, ...): the nearest pixel's value."""
+  def places(length, start, side, size):
+    at = np.floor(start + (np.arange(size) + 0.5) * side / size).astype(int)
+    return np.clip(at, 0, length - 1)
+
+  (h, w), (top, left, height, width) = array.shape[:2], cut.box
+  array = array[np.ix_(places(h, top, height, cut.size[0]), places(w, left, width, cut.size[1]))]
+  if cut.window is None:
+    return array
+  padding, top, left, height, width = cut.window
+  array = np.pad(array, ((padding, padding),) * 2 + ((0, 0),) * (array.ndim - 2), "reflect")
+  return array[top:top + height, left:left + width]
+
+
+def place(points: np.ndarray, cut: Cut) -> np.ndarray:
+  """Where (..., 2) places (y, x), in pixels of the image, lie in the cut: in it or beside it."""
+  top, left, height, width = cut.box
+  placed = (points - np.float32((top, left))) * np.float32((cut.size[0] / height,
+                                                            cut.size[1] / width))
+  if cut.window is not None:
+    padding, top, left, _, _ = cut.window
+    placed = placed + np.float32((padding - top, padding - left))
+  return placed
 
 
 def see_array(image: np.ndarray, look: Look) -> np.ndarray:

@@ -6,7 +6,7 @@ What cannot be used is passed over, counted and told of, where the config says s
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,44 +30,42 @@ def first_good(records, index: int, parse: Callable, on_error: str) -> tuple[int
   raise ValueError(f"no record of the split can be read: {error}")
 
 
-def load(records, parse: Callable, name: str, example: jax.ShapeDtypeStruct, on_error: str,
-         tokens: Any | None) -> dict[str, np.ndarray]:
+def load(records, parse: Callable, name: str, example: Mapping[str, jax.ShapeDtypeStruct],
+         on_error: str, tokens: Any | None) -> dict[str, np.ndarray]:
   """Reads a whole split into arrays, good records in the place of bad ones that are skipped.
 
-  image (n, h, w, c) like `example` (1, h, w, c), bad (n,) and, if any, label int32 (n,), captions
-  int32 (n, m, l) and num_captions int32 (n,).
+  Each feature (n, ...) like `example` (1, ...), bad (n,) and, if any, captions int32 (n, m, l) and
+  num_captions int32 (n,).
   """
   n, errors = len(records), {}
-  shape = example.shape[1:]
-  images = np.empty((n, *shape), example.dtype)
+  arrays = {key: np.empty((n, *x.shape[1:]), x.dtype) for key, x in example.items()}
 
   def fill(start):
-    rows = []
+    texts = []
     for i, record in enumerate(records.__getitems__(range(start, min(start + 256, n))), start):
       try:
         row = parse(record)
       except BadRecord as e:
         errors[i] = e
         _, row = first_good(records, i, parse, on_error)
-      if row["image"].shape != shape:
-        raise ValueError(f"{record['name']} is {row['image'].shape}, not {shape} like the rest; set"
-                         " data.cache_bytes=0 and augment.image_size to have images resized")
-      images[i] = row.pop("image")
-      rows.append(row)
-    return rows
+      for key, array in arrays.items():
+        if row[key].shape != array.shape[1:]:
+          raise ValueError(f"{record['name']} is {row[key].shape}, not {array.shape[1:]} like the "
+                           "rest; set data.cache_bytes=0 and augment.image_size to have images "
+                           "resized")
+        array[i] = row[key]
+      texts += [row["captions"]] if "captions" in row else []
+    return texts
 
   starts = range(0, n, 256)
   with ThreadPoolExecutor(os.cpu_count()) as pool:
-    rows = list(itertools.chain.from_iterable(
+    texts = list(itertools.chain.from_iterable(
       track(pool.map(fill, starts), f"decoding {name}", len(starts), transient=True,
             disable=len(starts) < 100)))
   tell_skipped([errors[i] for i in sorted(errors)], f"the {n} records of split {name!r}")
-  arrays = {"image": images, "bad": np.isin(np.arange(n), [*errors])}
-  if "label" in rows[0]:
-    arrays["label"] = np.array([row["label"] for row in rows])
-  if "captions" in rows[0]:
-    arrays["captions"], arrays["num_captions"] = encode_captions(
-      tokens, [row["captions"] for row in rows])
+  arrays["bad"] = np.isin(np.arange(n), [*errors])
+  if texts:
+    arrays["captions"], arrays["num_captions"] = encode_captions(tokens, texts)
   return arrays
 
 

@@ -11,21 +11,53 @@ from typing import Any, NamedTuple
 log = logging.getLogger("vitrine")
 
 
+KINDS = ("image", "label", "text", "mask", "boxes", "frames", "depth", "audio", "points", "latent")
+
+
+class Feature(NamedTuple):
+  """One named thing that a record holds; `kinds.py` says how each kind is read and moved."""
+  shape: tuple[int | None, ...]  # of one example; None, of an image's sides, where they differ
+  dtype: Any
+  kind: str  # one of KINDS
+  classes: int = 0  # of a label or a mask
+
+
 class Info(NamedTuple):
-  """What a source holds, known before any image is decoded."""
-  image_shape: tuple[int | None, int | None, int]  # h w c; None where the images differ
-  num_classes: int  # 0 = no labels
+  """What a source holds, known before any image is decoded; `describe` makes one of features."""
+  image_shape: tuple[int | None, int | None, int] | None  # h w c, None where images differ in them,
+  #                                                         of latents the mean's; None: no images
+  num_classes: int  # of the labels, else of the masks; 0 = neither
   class_names: tuple[str, ...]
-  num_examples: dict[str, int]  # by split
+  num_examples: Mapping[str, int]  # by split
   fingerprint: str  # of the content, not of where it lies: the same after a move
+  features: Mapping[str, Feature] = {}
+
+
+def describe(features: Mapping[str, Feature], num_examples: Mapping[str, int], fingerprint: str,
+             class_names: Sequence[str] = ()) -> Info:
+  """The `Info` of a source that has these features."""
+  classes = {feature.kind: feature.classes for feature in features.values() if feature.classes}
+  image_shape = features["image"].shape if "image" in features else None
+  return Info(image_shape, classes.get("label", classes.get("mask", 0)), tuple(class_names),
+              num_examples, fingerprint, features)
 
 
 class Source(NamedTuple):
-  """`splits[name][i]` is {"image": encoded bytes or their file, "name": str} and, where the data
-  has them, "label": int and "text": str, or a tuple of captions where images have several. Of
-  latents "image" is the array or its file; of texts alone it is None."""
+  """`splits[name][i]` is a record: {feature: its value, "name": what errors call the record}.
+
+  A value is an array, or what `kinds.read` makes one of: of an image, mask or depth encoded bytes
+  or their file, of a text a str or a tuple of several, of a label an int."""
   splits: Mapping[str, Sequence]
   info: Info
+
+
+def image_features(shape: tuple, num_classes: int = 0, kind: str = "image",
+                   text: bool = False) -> dict[str, Feature]:
+  """The features of images (or latents) h w c and, where there are any, of labels and captions."""
+  features = {"image": Feature(shape, "uint8" if kind == "image" else "float32", kind)}
+  if num_classes:
+    features["label"] = Feature((), "int32", "label", num_classes)
+  return features | ({"text": Feature((), "str", "text")} if text else {})
 
 
 class BadRecord(ValueError):

@@ -1,7 +1,7 @@
 """Data that has shapes and cannot be read: for planning a run where its data set is not."""
 
 from input_pipeline import records
-from input_pipeline.batches import Data, make_spec
+from input_pipeline.reader import Data, make_spec
 from input_pipeline.sources import find
 
 
@@ -17,24 +17,29 @@ def stand_in(source: str, batch_size: int, image_size=None, channels: int | None
   Raises:
     ValueError: the image size, channels or number of classes is not known.
   """
-  if source.split("/")[0] == "glyphs":
-    module, rest = find(source)
-    native, channels, num_classes = module.shape(rest)
-    size = image_size or native
-  elif source.startswith("lines:"):
-    size, channels, num_classes = 1, 1, 0
+  if source.startswith("lines:"):
+    features = {"text": records.Feature((), "str", "text")}
   else:
+    if source.split("/")[0] == "glyphs":
+      module, rest = find(source)
+      native, channels, num_classes = module.shape(rest)
+      image_size = image_size or native
     unknown = [field for field, value in {
       "augment.image_size": image_size, "model.channels": channels,
       "model.num_classes": num_classes}.items() if value is None]
     if unknown:
       raise ValueError(f"without the data of {source!r}, the config must say {', '.join(unknown)}")
-    size = image_size
-  size = (size, size) if isinstance(size, int) else tuple(size)
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    features = records.image_features((*size, channels), num_classes,
+                                      "latent" if latents else "image", text=tokenizer is not None)
   tokens = None
   if tokenizer is not None:
     from input_pipeline import text
     tokens = text.make(tokenizer, **text_options)
-  spec = make_spec(batch_size, size, channels, num_classes, tokens, views, latents)
-  info = records.Info((*size, channels), num_classes, (), {"train": train_examples}, "")
-  return Data(info, None, None, spec, "train", None, tokens)
+
+  def carrying(names=None):
+    kept = {name: x for name, x in features.items() if names is None or name in names}
+    spec = make_spec(kept, batch_size, [None] * views, tokens, latents)
+    info = records.describe(features, {"train": train_examples}, "")
+    return Data(info, None, None, spec, "train", None, tokens, carrying)
+  return carrying()

@@ -129,4 +129,4 @@ def make(model, *, masks: Literal["bert", "unilm"] = "bert", mask_ratio: float =
     "own_tokens": lambda params, extra, batch, rng: own_tokens(batch["text"]),
     "logits": lambda params, extra, batch, rng: model.apply(
       {"params": params}, batch["text"], batch.get("segments"))}
-  return Method(init, loss, predict, draw)
+  return Method(init, loss, predict, draw, needs=("text",))

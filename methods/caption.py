@@ -79,4 +79,4 @@ def make(model, *, smoothing: float = 0.0, beams: int = 1, length_penalty: float
   predict = image_predictions(model.image, encode, lambda params: params["image"])
   predict.update(caption=caption, cross_attention=lambda params, extra, batch, rng: run(
     "__call__", params, extra, batch["image"], batch["text"], return_weights=True)[1])
-  return Method(init, loss, predict, statistics="batch_stats")
+  return Method(init, loss, predict, statistics="batch_stats", needs=("image", "text"))

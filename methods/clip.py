@@ -84,4 +84,4 @@ def make(model, *, batch_size: int, loss: Literal["softmax", "sigmoid"] = "softm
     embed_image=lambda params, extra, batch, rng: run("embed_image", params, extra, batch["image"]),
     embed_text=lambda params, extra, batch, rng: run("embed_text", params, extra, batch["text"]),
     logit_scale=lambda params, extra, batch, rng: scale_of(params["logit_scale"]))
-  return Method(init, compute_loss, predict, statistics="batch_stats")
+  return Method(init, compute_loss, predict, statistics="batch_stats", needs=("image", "text"))

@@ -139,7 +139,8 @@ def make(model, *, path: Literal[*paths.PATHS] = "linear", path_options: Mapping
   for name, options in samples.items():
     predict[name] = _call(make_sample, options, f"method.samples.{name}")
     predict[f"{name}_path"] = functools.partial(predict[name], trajectory=True)
-  return Method(init, loss, predict, draw)
+  needs = ("image", "label") if model.num_classes else ("image",)
+  return Method(init, loss, predict, draw, needs=needs)
 
 
 def _call(function, options: Mapping, field: str):

@@ -76,4 +76,4 @@ def make(model, *, mask_ratio: float = 0.75, masking: Literal[*MASKING] = "rando
 
   predict = image_predictions(encoder, encode, lambda params: params["encoder"])
   predict["reconstruct"] = reconstruct
-  return Method(init, loss, predict, draw)
+  return Method(init, loss, predict, draw, needs=("image",))

@@ -22,3 +22,4 @@ class Method(NamedTuple):
   draw: Callable = lambda rng, batch: batch  # (rng, batch) -> batch
   warn: Callable = lambda metrics: ""  # {name: float} -> a warning, or ""
   statistics: str = ""  # path in `extra`; "": none
+  needs: tuple[str, ...] = ()  # features of a batch; a second view is NAME_2. (): it does not say

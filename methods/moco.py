@@ -148,4 +148,5 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
                        **kwargs)[1]
 
   predict = image_predictions(model.backbone, encode, lambda params: params["backbone"])
-  return Method(init, loss, predict, draw, warn, statistics="stats/batch_stats")
+  return Method(init, loss, predict, draw, warn, statistics="stats/batch_stats",
+                needs=("image", "image_2"))

@@ -56,4 +56,4 @@ def make(model, *, loss: Literal[*classification.LOSSES] = "softmax", label_smoo
   predict = image_predictions(
     model, lambda params, extra, batch, **kwargs: run(params, extra, batch, **kwargs)[1])
   predict["logits"] = lambda params, extra, batch, rng: run(params, extra, batch)[0]
-  return Method(init, compute_loss, predict, statistics="batch_stats")
+  return Method(init, compute_loss, predict, statistics="batch_stats", needs=("image", "label"))

@@ -428,11 +428,10 @@ def test_prefetch_runs_ahead_passes_errors_on_and_ends():
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**30])
-def test_texts_alone_at_a_size(tmp_path, cache_bytes):
-  """Their one black pixel fills what is asked for, held in memory or not."""
+def test_texts_alone_carry_no_pixels(tmp_path, cache_bytes):
   (tmp_path / "lines.txt").write_text("\n".join(f"text {i}" for i in range(60)))
   data = batches.make(f"lines:{tmp_path / 'lines.txt'}", batch_size=4, held_out=0.3,
-                      views=[geometry.View((16, 12))], cache_bytes=cache_bytes)
-  for batch in (next(data.train(0, 1)), next(data.eval())):
-    assert batch["image"].shape == (4, 16, 12, 1) and not batch["image"].any()
-  assert data.spec["image"].shape == (4, 16, 12, 1)
+                      tokenizer="bytes", context=8, cache_bytes=cache_bytes)
+  assert next(data.train(0, 1)).keys() == {"text"} == data.spec.keys()
+  assert next(data.eval()).keys() == {"text", "captions", "num_captions", "valid"}
+  assert next(data.train(0, 1))["text"].shape == data.spec["text"].shape == (4, 8)

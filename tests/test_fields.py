@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import train
-from input_pipeline import augment, batches, latents
+from input_pipeline import batches
+from input_pipeline.augment import images as augment
+from input_pipeline.augment import latents
 from trainer import checkpoints, fields, help, networks, optimizer, recipe, schedule, sharding
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +73,7 @@ def test_what_a_section_may_say():
     fields.call(takes, {}, "model")
 
 
-CONFIGURED = [("data", batches.make), ("augment", augment.make), ("augment", latents.make),
+CONFIGURED = [("data", batches.open_data), ("augment", augment.make), ("augment", latents.make),
               ("optimizer", optimizer.make), ("schedule", schedule.make),
               ("mesh", sharding.make_mesh), ("checkpoint", checkpoints.Checkpoints),
               ("init", networks.Init)]

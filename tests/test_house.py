@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from input_pipeline import batches
-from input_pipeline.records import Info
+from input_pipeline.reader import make_spec
+from input_pipeline.records import Info, image_features
 from trainer import recipe
 
 ROOT = Path(__file__).parent.parent
@@ -139,8 +139,9 @@ def test_every_recipe_builds(name):
   _, rate = recipe.make_optimizer(config, 1_281_167)
   recipe.check_evals(config.evals)
   (h, w), rows = config.model.image_size, config.data.batch_size
-  batch = batches.make_spec(rows, (h, w), shape[2], 1000,
-                            tokenizer if config.data.get("tokenizer") else None, latents=latents)
+  features = image_features((h, w, shape[2]), 1000, "latent" if latents else "image",
+                            text="tokenizer" in config.data)
+  batch = make_spec(features, rows, [None], tokenizer, latents)
   key = jax.eval_shape(lambda: jax.random.key(0))
   batch = jax.eval_shape(lambda k, b: method.draw(k, augment.train(k, b)), key, batch)
   params, extra = jax.eval_shape(method.init, key, batch)

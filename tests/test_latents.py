@@ -9,6 +9,7 @@ import pytest
 
 import train
 from input_pipeline import batches, latents
+from input_pipeline.augment import latents as augment_latents
 from trainer import checkpoints
 
 
@@ -68,7 +69,7 @@ def test_latents_are_drawn_anew_and_scaled():
   mean, log_variance = (x[:4].astype(np.float32) for x in moments(size=32))
   deviation = np.exp(log_variance / 2)
   batch = {"image": np.concatenate([mean, deviation], -1), "label": np.arange(4)}
-  augment = latents.make(image_size=32, latents="moments", scale=0.5, shift=3.0)
+  augment = augment_latents.make(image_size=32, latents="moments", scale=0.5, shift=3.0)
   np.testing.assert_allclose(augment.eval(batch)["image"], (mean - 3) * 0.5, rtol=1e-6)
   drawn = [np.asarray(augment.train(jax.random.key(i), batch)["image"]) for i in range(2)]
   z = [((x / 0.5 + 3) - mean) / deviation for x in drawn]

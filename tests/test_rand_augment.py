@@ -13,7 +13,8 @@ from arrays import photo
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
-from input_pipeline import augment, rand_augment
+from input_pipeline import rand_augment
+from input_pipeline.augment import images as augment
 from trainer import recipe as recipes
 
 FILL = (124, 116, 104)  # of ImageNet's mean, 0.485, 0.456, 0.406

@@ -17,8 +17,8 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from input_pipeline import batches
-from input_pipeline.records import Info
+from input_pipeline.reader import make_spec
+from input_pipeline.records import Info, image_features
 from trainer import fields, optimizer, recipe
 
 IMAGES = 1_281_167
@@ -257,7 +257,8 @@ def built(name: str):
                                 "tokenizer") else None
   config = recipe.fill_from_data(config, info, row.train_size, tokenizer)
   method = recipe.make_method(config)
-  batch = batches.make_spec(2, config.model.image_size, channels, 1000, tokenizer)
+  features = image_features((*config.model.image_size, channels), 1000, text=bool(tokenizer))
+  batch = make_spec(features, 2, [None], tokenizer)
   batch = {key: jax.ShapeDtypeStruct((row.batch, *x.shape[1:]), x.dtype)
            for key, x in batch.items()}
   batch["image"] = jax.ShapeDtypeStruct(batch["image"].shape, np.float32)

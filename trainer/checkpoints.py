@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from input_pipeline import batches, geometry
+from input_pipeline.records import image_features
 from trainer import fields, recipe
 from trainer.state import with_statistics
-from trainer.store import ITEMS, TOKENIZER, CheckpointError, Checkpoints, load_config
+from trainer.store import ITEMS, TOKENIZER, CheckpointError, Checkpoints, load_config, load_facts
 
 
 class Run(NamedTuple):
@@ -27,10 +28,12 @@ class Run(NamedTuple):
   step: int
   predict: Callable  # (name, batch, rng=None) -> NumPy; batch["image"] as `preprocess` gives it
   preprocess: Callable  # uint8 images [b, h, w, c], or a list of sizes -> float32, cut as
-  #                       evaluation cuts, and normalised
+  #                       evaluation cuts, and normalised; or what a source gives, a record, several
+  #                       or a dict of columns -> the batch, a dict, that `predict` takes
   normalise: Callable  # uint8 images that are cut already, as of `data.eval` -> float32
   tokenize: Callable | None  # texts -> int32 [n, l]; None if the run has none
   detokenize: Callable | None  # int [l], one row -> its text
+  class_names: tuple[str, ...] = ()  # of the data, in the order of its labels
 
 
 def load_run(workdir, step: int | None = None) -> Run:
@@ -45,7 +48,12 @@ def load_run(workdir, step: int | None = None) -> Run:
     CheckpointError: the checkpoint is damaged.
   """
   config = load_config(workdir)
-  method, augment = recipe.make_method(config), recipe.make_augment(config)
+  method, (features, class_names) = recipe.make_method(config), load_facts(workdir)
+  features = features or {name: feature for name, feature in image_features(
+    (None, None, config.model.get("channels")), config.model.get("num_classes") or 0,
+    "latent" if config.data.get("latents") else "image", text=True).items()
+    if name != "image" or not method.needs or name in method.needs}
+  augment = recipe.make_augment(config, features)
   absl = logging.getLogger("absl")
   level = absl.level
   absl.setLevel(logging.ERROR)  # it warns that read-only means read-only
@@ -74,6 +82,12 @@ def load_run(workdir, step: int | None = None) -> Run:
     return np.asarray(augment.eval({"image": jnp.asarray(images)})["image"])
 
   def preprocess(images):
+    if isinstance(images, Mapping) or isinstance(images, list | tuple) and images and isinstance(
+        images[0], Mapping):
+      from input_pipeline import ready
+      batch = ready.batch_of(images, features, recipe.make_views(config)[0], tokenizer,
+                             config.data.get("latents"))
+      return {name: np.asarray(x) for name, x in augment.eval(batch).items()}
     if config.data.get("latents"):
       return normalise(images)
     return normalise(geometry.evaluation_pixels(recipe.make_views(config)[0], images))
@@ -83,7 +97,7 @@ def load_run(workdir, step: int | None = None) -> Run:
     tokenizer = batches.read_tokenizer(path.read_text())
     config.data.tokenizer = str(path)  # other captions would give another one
   return Run(config, method, params, extra, step, predict, preprocess, normalise,
-             tokenizer and tokenizer.encode, tokenizer and tokenizer.decode)
+             tokenizer and tokenizer.encode, tokenizer and tokenizer.decode, class_names)
 
 
 def _shapes(checkpoints: Checkpoints, step: int) -> dict:

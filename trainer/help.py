@@ -14,7 +14,8 @@ WIDTH = 100
 # What the run says of itself, or the data of a model: not asked of a section.
 PROVIDED = ("model.image_size", "model.channels", "model.dtype", "method.model",
             "method.batch_size", "method.total_steps", "data.data_dir", "data.seed", "data.views",
-            "augment.batch_size", "augment.latents", "optimizer.schedule", "optimizer.batch_size",
+            "augment.batch_size", "augment.latents", "augment.features",
+            "optimizer.schedule", "optimizer.batch_size",
             "schedule.total_steps", "mesh.devices", "checkpoint.workdir", "checkpoint.metadata",
             "checkpoint.read_only", "context")
 
@@ -63,9 +64,8 @@ def _sections(config):
   if "name" in config.model:
     yield "model", found("models", "model"), config.model
   yield "method", found("methods", "method"), config.method
-  yield "data", batches.make, config.data
-  augment = "latents" if config.data.get("latents") else "augment"
-  yield "augment", fields.find_module("input_pipeline", augment, "").make, config.augment
+  yield "data", batches.open_data, config.data
+  yield "augment", recipe.augmentation(config, {"image": None})[0], config.augment
   yield "optimizer", optimizer.make, config.optimizer
   yield "schedule", schedule.make, config.schedule
   yield "mesh", sharding.make_mesh, config.mesh

@@ -4,147 +4,25 @@ Modules are found by name (`models/NAME.py`, `methods/NAME.py`, ...), arguments 
 anything runs, and errors speak in the config's words.
 """
 
-import ast
-import importlib
 import importlib.util
 import inspect
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs.base import get_base
 from input_pipeline import batches, geometry
+from input_pipeline.records import image_features
 from trainer import fields, networks, optimizer, schedule, sharding, store
+from trainer.config import UNITS, in_steps, steps
+from trainer.config import config_module as config_module
+from trainer.config import differences as differences
+from trainer.config import load_config as load_config
+from trainer.config import override as override
+from trainer.config import plain as plain
 from trainer.networks import FROM_TEXT, make_model, split_name
 
-UNITS = ("steps", "epochs", "examples")
-SHORT = {"init": "init.run"}  # what --config.NAME=VALUE of a whole section means
-
-
-
-def steps(section: Mapping, name: str, batch_size: int, train_size: int,
-          default: int | None = None) -> int | None:
-  """A duration in steps, from the one of NAME_steps, NAME_epochs, NAME_examples that is given."""
-  given = {unit: section.get(f"{name}_{unit}") for unit in UNITS}
-  given = {unit: value for unit, value in given.items() if value is not None}
-  if len(given) > 1:
-    raise ValueError(f"give one of {', '.join(f'{name}_{unit}' for unit in given)}, not several")
-  if not given:
-    return default
-  (unit, value), = given.items()
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-    raise ValueError(f"{name}_{unit} = {value!r}: expected a number of {unit}, at least 0")
-  examples = {"steps": batch_size, "epochs": train_size, "examples": 1}[unit]
-  return round(value * examples / batch_size)
-
-
-def in_steps(section: Mapping, names: tuple[str, ...], batch_size: int, train_size: int) -> dict:
-  """A section with each duration of `names` converted to NAME_steps."""
-  duration = {f"{name}_{unit}" for name in names for unit in UNITS}
-  rest = {key: value for key, value in section.items() if key not in duration}
-  converted = {f"{name}_steps": steps(section, name, batch_size, train_size) for name in names}
-  return {**rest, **{key: value for key, value in converted.items() if value is not None}}
-
-
-# --- Config files and overrides -------------------------------------------------------------------
-
-def config_module(name: str):
-  """The module `configs/NAME.py` of `configs/NAME.py:VARIANT`. Raises ValueError."""
-  path, _, variant = name.partition(":")
-  path = Path(path if path.endswith(".py") else f"{path}.py")
-  if not path.is_file():
-    found = sorted(map(str, path.parent.glob("*.py")))
-    raise ValueError(f"--config={name}: no file {path}; " + fields.nearest(path, found))
-  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if variant not in module.VARIANTS:
-    raise ValueError(f"--config={name}: {path} has no variant {variant!r}; "
-                     + fields.nearest(variant, [v for v in module.VARIANTS if v]))
-  return module
-
-
-def load_config(name: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-  """`configs/NAME.py:VARIANT` -> its ConfigDict, with overrides such as "optimizer.lr": "1e-3"."""
-  module, (path, _, variant) = config_module(name), name.partition(":")
-  config = module.get_config(variant)
-  config.config_name = Path(path).stem + (f":{variant}" if variant else "")
-  for key, text in (overrides or {}).items():
-    override(config, key, text)
-  return config
-
-
-def _parse(text: str) -> Any:
-  """A Python literal, or the text itself: `3`, `1e-3`, `(1, 2)`, `true`, `none`, `B/16`."""
-  word = {"true": True, "false": False, "none": None, "null": None}
-  if text.lower() in word:
-    return word[text.lower()]
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
-
-
-def override(config: ConfigDict, key: str, text: str):
-  """Sets config.KEY. A duration replaces the same duration in another unit.
-
-  New names are allowed inside sections, whose functions check them; top-level names must exist.
-  """
-  *sections, leaf = SHORT.get(key, key).split(".")
-  value, node = _parse(text), config
-  for i, section in enumerate(sections):
-    if section not in node:
-      if i == 0:
-        raise ValueError(f"config.{key}: unknown section; " + fields.nearest(section, sorted(node)))
-      node[section] = ConfigDict()
-    node = node[section]
-    if not isinstance(node, ConfigDict):
-      raise ValueError(f"config.{key}: {section} is a value, not a section")
-  stem, _, unit = leaf.rpartition("_")
-  if unit in UNITS and stem:
-    for other in UNITS:
-      if f"{stem}_{other}" in node and other != unit:
-        del node[f"{stem}_{other}"]
-  elif not sections and leaf not in node:
-    raise ValueError(f"config.{key}: unknown field; " + fields.nearest(leaf, sorted(node)))
-  old = node.get(leaf)
-  if value is None and (isinstance(old, ConfigDict) and sections or sections == ["evals"]):
-    if leaf in node:  # an evaluator that is not wanted
-      del node[leaf]
-    return
-  if isinstance(old, ConfigDict) and not isinstance(value, dict):
-    raise ValueError(f"config.{key} = {text}: it is a section; set config.{key}.FIELD")
-  if isinstance(old, str) and not isinstance(value, str | tuple) and value is not None:
-    value = text  # a number may be a name; what is in brackets is meant as it stands
-  if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  if old is not None and value is not None and not sections and type(old) is not type(value):
-    raise ValueError(f"config.{key} = {text!r}: expected {type(old).__name__}")
-  with node.unlocked(), node.ignore_type():
-    node[leaf] = ConfigDict(value) if isinstance(value, dict) else value
-
-
-def plain(config) -> dict:
-  """A ConfigDict as JSON-ready plain values."""
-  return json.loads(json.dumps(config.to_dict() if isinstance(config, ConfigDict) else config))
-
-
-def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
-  """Lines `field: old -> new` where two plain configs differ."""
-  lines = []
-  for key in sorted({*old, *new}):
-    a, b = old.get(key), new.get(key)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-      lines += differences(a, b, f"{prefix}{key}.")
-    elif a != b:
-      lines.append(f"config.{prefix}{key}: {a!r} -> {b!r}")
-  return lines
-
-
-# --- From sections to functions -------------------------------------------------------------------
 
 def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) -> ConfigDict:
   """Writes into the config what it leaves to the data: steps, and the FROM_DATA of its model.
@@ -157,23 +35,10 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
     if f"total_{unit}" in config:
       del config[f"total_{unit}"]
   config.total_steps = total
-  h, w, c = info.image_shape
-  if config.augment.get("image_size") is None:
-    if h is None:
-      raise ValueError("config.augment.image_size: the images differ in size, so say which to use")
-    config.augment.image_size = (h, w)
-  if not config.data.get("latents"):  # said of every run, as its default may change
-    config.augment.eval_crop = config.augment.get("eval_crop") or 1.0
   model = config.model
-  for name, hint in (("image_size", int | tuple[int, int] | None), ("channels", int | None),
-                     ("num_classes", int | None)):
-    fields.check(fields.plain(model.get(name)), hint, f"config.model.{name}")
-  size = model.get("image_size") or config.augment.image_size
-  model.image_size = (size, size) if isinstance(size, int) else tuple(size)
-  model.channels = model.get("channels") or c
-  if model.channels != c:
-    raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
   module = fields.find_module("models", model.name, "config.model.name")
+  if info.image_shape is not None:
+    fill_images(config, info.image_shape, "image_size" in fields.accepted(module.make))
   for name, field in fields.accepted(module.make).items():
     if "none" in fields.choices(field.hint) and name in model and model[name] is None:
       model[name] = "none"
@@ -187,12 +52,51 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   return config
 
 
-def make_augment(config: ConfigDict):
-  """What the device does with images that the views cut."""
-  latents = config.data.get("latents")
-  module = fields.find_module("input_pipeline", "latents" if latents else "augment", "")
-  return fields.call(module.make, config.augment, "augment", latents=latents,
-              batch_size=config.data.get("batch_size"))
+def fill_images(config: ConfigDict, shape: tuple, asks_size: bool):
+  """Writes the images' size and channels into a config; `asks_size` says if its model needs one.
+
+  Raises ValueError where it does and the images differ in size, or in channels from the config's.
+  """
+  (h, w, c), model = shape, config.model
+  for name, hint in (("image_size", int | tuple[int, int] | None), ("channels", int | None),
+                     ("num_classes", int | None)):
+    fields.check(fields.plain(model.get(name)), hint, f"config.model.{name}")
+  if config.augment.get("image_size") is None:
+    if h is None and not asks_size:
+      return
+    if h is None:
+      raise ValueError("config.augment.image_size: the images differ in size, so say which to use")
+    config.augment.image_size = (h, w)
+  if not config.data.get("latents"):  # said of every run, as its default may change
+    config.augment.eval_crop = config.augment.get("eval_crop") or 1.0
+  size = model.get("image_size") or config.augment.image_size
+  model.image_size = (size, size) if isinstance(size, int) else tuple(size)
+  model.channels = model.get("channels") or c
+  if model.channels != c:
+    raise ValueError(f"config.model.channels = {model.channels}: the images have {c}")
+
+
+def augmentation(config: ConfigDict, features: Mapping) -> tuple[Callable, dict]:
+  """(the `make` of what the device does with batches of these features, its section's fields).
+
+  Named by `augment.name`; else that of images or latents, where the batches have them.
+  """
+  section = config.augment.to_dict()
+  default = "latents" if config.data.get("latents") else "images"
+  if "name" not in section and "image" not in features:
+    default, of_images = "plain", ("image_size", "eval_crop")  # what `fill_images` wrote
+    section = {name: value for name, value in section.items() if name not in of_images}
+  module = fields.find_module("input_pipeline.augment", section.pop("name", default),
+                              "config.augment.name")
+  return module.make, section
+
+
+def make_augment(config: ConfigDict, features: Mapping | None = None):
+  """What the device does with batches that have these features; None: with images."""
+  features = image_features((None, None, None)) if features is None else features
+  make, section = augmentation(config, features)
+  return fields.call(make, section, "augment", latents=config.data.get("latents"),
+                     batch_size=config.data.get("batch_size"), features=features)
 
 
 def make_views(config: ConfigDict) -> tuple:
@@ -209,10 +113,37 @@ def make_method(config: ConfigDict):
               batch_size=config.data.batch_size // config.accumulate)
 
 
+def open_data(config: ConfigDict, data_dir: str | None):
+  """The data, opened, with the cuts of config.augment: an `input_pipeline.reader.Reader`."""
+  return fields.call(batches.open_data, config.data, "data",
+                     data_dir=data_dir, seed=config.seed, views=make_views(config))
+
+
 def make_data(config: ConfigDict, data_dir: str | None):
-  """The input pipeline, with the cuts of config.augment."""
-  return fields.call(batches.make, config.data, "data",
-              data_dir=data_dir, seed=config.seed, views=make_views(config))
+  """The input pipeline, with all that the data has."""
+  return open_data(config, data_dir).carrying()
+
+
+def carried(data, method, config: ConfigDict):
+  """The data with what the method needs, and with labels and texts, which evaluations may ask for.
+
+  Raises ValueError, with both lists, where the data lacks something.
+  """
+  features, source = data.info.features, config.data.source
+  base = {name: name.removesuffix("_2") for name in method.needs}
+  kept = [name for name, x in features.items()
+          if name in base.values() or x.kind in ("label", "text") or not method.needs]
+  data = data.carrying(kept)
+  views = ("", "_2") if config.augment.get("second_view") is not None else ("",)
+  there = {name + view for name in data.spec for view in views} | {*data.spec}
+  if missing := [name for name in method.needs if name not in there]:
+    hints = {"text": "; data.tokenizer makes one of captions"} | {
+      name: "; augment.second_view gives one" for name in base if name.endswith("_2")}
+    hint = next((hints[name] for name in missing if name in hints and base[name] in features), "")
+    raise ValueError(f"the method needs {' and '.join(method.needs)}; data.source = {source!r} has "
+                     f"{' and '.join(sorted(features)) or 'nothing'}: no {' and no '.join(missing)}"
+                     + hint)
+  return data
 
 
 def stand_in(config: ConfigDict):
@@ -286,13 +217,15 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   check_scalars(config)
   config = networks.fill(config)
   mesh = fields.call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
-  data = make_data(config, data_dir) if data is None else data
-  train_size = data.info.num_examples[data.train_split]
-  config = fill_from_data(config, data.info, train_size, data.tokenizer)
+  data = open_data(config, data_dir) if data is None else data
+  info, train_size = data.info, data.info.num_examples[data.train_split]
+  config = fill_from_data(config, info, train_size, data.tokenizer)
   batch_size = config.data.batch_size
   sharding.check_batch(batch_size, config.accumulate, mesh)
-  augment = make_augment(config)
   method = make_method(config)
+  data = carried(data, method, config)
+  augment = make_augment(config, {name: info.features[name] for name in info.features
+                                  if name in data.spec})
   if config.wandb and importlib.util.find_spec("wandb") is None:
     raise ValueError("config.wandb = True: Weights & Biases is not installed (pip install wandb)")
   if not 0 <= config.ema_decay < 1 or config.ema_gamma < 0:

@@ -19,12 +19,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs.base import get_base
+from input_pipeline.records import Feature
 from trainer import sharding
 from trainer.logging import read_metrics
 from trainer.state import TrainState
 
 # Of a checkpoint; those without arrays are left out.
 ITEMS = ("params", "opt", "extra", "ema", "ema_statistics")
+DATA = "data.json"  # in the run directory: the features and class names of its data
 TOKENIZER = "tokenizer.json"  # in the run directory, of runs on text
 log = logging.getLogger("vitrine")
 
@@ -242,6 +244,20 @@ class Checkpoints:
     self.manager.close()
 
 
+def data_facts(info) -> str:
+  """What `load_facts` reads, of a `records.Info`."""
+  return json.dumps({"features": info.features, "class_names": info.class_names}, indent=2)
+
+
+def load_facts(workdir) -> tuple[dict, tuple[str, ...]]:
+  """(features, class names) of a run's data; empty where code before these had none to keep."""
+  path = epath.Path(workdir) / DATA
+  said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  features = {name: Feature(tuple(shape), *rest)
+              for name, (shape, *rest) in said.get("features", {}).items()}
+  return features, tuple(said.get("class_names", ()))
+
+
 def load_config(workdir) -> ConfigDict:
   """The config a run directory was made with; fields that are newer than it have their defaults.
 
@@ -254,4 +270,8 @@ def load_config(workdir) -> ConfigDict:
   config = {**defaults, **json.loads(path.read_text())}
   if config["augment"].get("crop_area") and "eval_crop" not in config["augment"]:
     config["augment"]["eval_crop"] = 0.875  # what went with random crops, before it was a field
+  if str(config["data"].get("source")).startswith("lines:"):  # texts had a black pixel once
+    for section, name in ("augment", "image_size"), ("augment", "eval_crop"), (
+        "model", "image_size"), ("model", "channels"):
+      config[section].pop(name, None)
   return ConfigDict(config)

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from input_pipeline.decode import opened
 from input_pipeline.metadata import METADATA, inside, read_metadata
-from input_pipeline.records import BadRecord, Info, Source, fingerprint, nearest
+from input_pipeline.records import (
+  BadRecord,
+  Source,
+  describe,
+  fingerprint,
+  image_features,
+  nearest,
+)
 
 NEEDS_REST = True
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -64,8 +71,10 @@ def open_source(rest: str, *, on_error: str = "raise", latents: str | None = Non
     from input_pipeline.latents import latent_shape
   shape = (latent_shape(records["train"][0], latents) if latents
            else _image_shape(sum(records.values(), []), root, on_error))
-  return Source(records, Info(shape, len(classes), tuple(classes),
-                              {s: len(r) for s, r in rows.items()}, fingerprint("folder", rows)))
+  features = image_features(shape, len(classes), "latent" if latents else "image",
+                            text="text" in records["train"][0])
+  return Source(records, describe(features, {s: len(r) for s, r in rows.items()},
+                                  fingerprint("folder", rows), classes))
 
 
 def _entries(folder: Path, root: Path) -> list[tuple[str, bool]]:

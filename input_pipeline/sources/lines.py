@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline.records import BadRecord, Info, Source, fault, fingerprint, tell_skipped, utf8
+from input_pipeline.records import (
+  BadRecord,
+  Feature,
+  Source,
+  describe,
+  fault,
+  fingerprint,
+  tell_skipped,
+  utf8,
+)
 
 NEEDS_REST = True
 
@@ -31,15 +40,13 @@ class _TextLines(Sequence):
 
   def _record(self, file, number, start, length):
     file.seek(start)
-    return {"image": None, "name": f"{self.path}, line {number}",
-            "text": utf8(file.read(length)).strip()}
+    return {"name": f"{self.path}, line {number}", "text": utf8(file.read(length)).strip()}
 
 
 def open_source(rest: str, *, on_error: str = "raise", held_out: float = 0.05) -> Source:
   """Opens a text file in UTF-8, a text a line; lines that are empty are passed over.
 
-  A line is of the split "test" or "train" by what it says, so that no text is in both. Its image is
-  one black pixel.
+  A line is of the split "test" or "train" by what it says, so that no text is in both.
   """
   path = Path(rest).expanduser()
   if not 0 < held_out < 1:
@@ -67,5 +74,6 @@ def open_source(rest: str, *, on_error: str = "raise", held_out: float = 0.05) -
                        f"data.held_out={held_out} there are "
                        f"{sum(map(len, places.values()))} in all")
   return Source({split: _TextLines(path, np.array(rows)) for split, rows in places.items()},
-                Info((1, 1, 1), 0, (), {split: len(rows) for split, rows in places.items()},
-                     fingerprint("lines", content.hexdigest(), held_out)))
+                describe({"text": Feature((), "str", "text")},
+                         {split: len(rows) for split, rows in places.items()},
+                         fingerprint("lines", content.hexdigest(), held_out)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from input_pipeline.records import Info, Source, fingerprint, utf8
+from input_pipeline.records import Source, describe, fingerprint, image_features, utf8
 
 NEEDS_REST = True
 
@@ -125,11 +125,10 @@ def open_builder(builder: tfds.core.DatasetBuilder, latents: str | None = None) 
     from input_pipeline.latents import latent_shape
   shape = (latent_shape(next(iter(splits.values()))[0], latents) if latents
            else tuple(features[image].shape))
-  return Source(
-    splits,
-    Info(shape, features[label].num_classes if label else 0,
-         tuple(features[label].names) if label else (),
-         {name: split.num_examples for name, split in info.splits.items()},
-         fingerprint(info.full_name, sorted(
-           (name, list(split.shard_lengths), int(split.num_bytes))
-           for name, split in info.splits.items()))))
+  names = features[label].names if label else ()
+  said = image_features(shape, features[label].num_classes if label else 0,
+                        "latent" if latents else "image", text=caption is not None)
+  return Source(splits, describe(
+    said, {name: split.num_examples for name, split in info.splits.items()},
+    fingerprint(info.full_name, sorted((name, list(split.shard_lengths), int(split.num_bytes))
+                                       for name, split in info.splits.items())), names))

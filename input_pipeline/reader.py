@@ -1,0 +1,302 @@
+"""Batches of records: which examples make batch n, and two ways to read them.
+
+Batch n of a run holds the positions n*B .. (n+1)*B - 1 of an endless sequence of epochs, so it
+follows from (seed, n) alone: not from where reading began, nor from how many processes or workers
+share it. Small data is decoded once and gathered from memory; the rest is decoded as it is read.
+"""
+
+import copy
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from input_pipeline import geometry, kinds, order, reading
+from input_pipeline.captions import encode_captions, most_captions, read_captions
+from input_pipeline.records import Feature, Info, captions, nearest
+
+
+class Data(NamedTuple):
+  """The batches of a source; each is a dict of NumPy arrays, one a feature: (b, *its shape).
+
+  Image uint8 (b, h, w, c), label int32 (b,). With a tokenizer also text, int32 (b, l): in training
+  one of the image's captions, drawn anew each time; in evaluation the first, and besides captions
+  (b, m, l), of which the first num_captions (b,) are the image's and the rest padding. Of latents,
+  image is float32 as `latents.read_latent` gives it. A second view of a feature is NAME_2.
+
+  `rows`, a slice or an index array, are the rows of the global batch that this process holds.
+  """
+  info: Info
+  train: Callable  # (start, stop, rows=None) -> iterator over the batches start .. stop - 1
+  eval: Callable  # (split=None, batch_size, rows=None) -> iterator, each example once, in order;
+  #                 "valid" (b,) is False on bad records and on rows that fill up the last batch
+  spec: dict[str, jax.ShapeDtypeStruct]  # of the global training batch
+  train_split: str
+  eval_split: str | None
+  tokenizer: Any  # text.Tokenizer, or None
+  carrying: Callable  # (names of features) -> the same with no others, which are not even decoded
+
+
+class Options(NamedTuple):
+  """How a source is read; fields of `config.data`."""
+  train_split: str = "train"  # a split, or a part of one such as "train[:99%]"
+  eval_split: str | None = None  # what evaluation reads if it is asked for no split; None = test,
+  #                                val or validation
+  cache_bytes: int = 2**30  # for the decoded images of one split; 0 = always stream
+  workers: int = 0  # processes that decode when streaming; 0 = threads of this process
+  prefetch_batches: int = 2  # batches (when streaming: of each worker) made ahead
+  repeats: int = 1  # times that an example is drawn in a row, augmented anew (1901.09335)
+  on_error: Literal["raise", "skip"] = "raise"  # on a record that cannot be used. With "skip", and
+  # a warning, in training the next good one of the split stands in for it, in evaluation it is not
+  # valid; bad rows of a metadata file are left out altogether
+  latents: Literal["mean", "mean_std", "moments"] | None = None  # where an autoencoder's arrays
+  # stand in the place of images, what they hold, see `latents.read_latent`
+  tokenizer: str | None = None  # "bytes", "bpe", which is trained on the captions of `train_split`
+  # (a spread of 100,000 examples if there are more), or PATH.json; None = no text
+  context: int = 64  # tokens of a text, see `text.make`
+  vocab_size: int = 1024  # of a tokenizer that is trained here
+  lower_case: bool = False  # whether texts lose their capitals first
+  eos_id: int | None = None  # of the token that ends a text; None = the tokenizer's
+  pad_id: int | None = None  # of the token that fills a text up; None = the tokenizer's
+  mask_token: bool = False  # whether the vocabulary has a token that hides others
+  permute_text: bool = False  # whether each training image has the captions of another, always the
+  # same one, so that nothing can be learnt: for control
+  favour: str | None = None  # regular expression of captions, from their start: the examples that
+  # have one are `favour_share` of the training examples, in an order of their own
+  favour_share: float = 0.5  # of the training examples, (0, 1)
+  held_out: float = 0.05  # share of the lines of a file of texts that are the split "test", (0, 1)
+
+
+def make_tokenizer(records, options: Options):
+  """The `text.Tokenizer` that a config asks for, or None."""
+  if options.tokenizer is None:
+    return None
+  from input_pipeline import text  # a run on images alone is spared the library
+  said = {name: getattr(options, name) for name in (
+    "context", "vocab_size", "lower_case", "eos_id", "pad_id", "mask_token")}
+  return text.make(options.tokenizer, itertools.chain.from_iterable(
+    read_captions(records, options.on_error, 100_000)), **said)
+
+
+class Reader:
+  """Batches of any split, from memory or as they are read."""
+
+  def __init__(self, source: str, splits, info: Info, views, seed: int, batch_size: int,
+               options: Options):
+    self.source, self.splits, self.info, self.seed = source, splits, info, seed
+    self.views, self.batch_size, self.options = views, batch_size, options
+    self.train_split, self.eval_split = options.train_split, options.eval_split
+    records, n = splits[options.train_split], info.num_examples[options.train_split]
+    self.tokenizer = make_tokenizer(records, options)
+    favourites = None if options.favour is None else order.find_favourites(
+      read_captions(records, options.on_error), options.favour, options.favour_share)
+    self.pick = functools.partial(order.pick, n=n, seed=seed, repeats=options.repeats,
+                                  favourites=favourites, share=options.favour_share)
+    self.other = order.derangement(n, seed) if self.tokenizer and options.permute_text else None
+    self.arrays = {}  # split -> what is held in memory
+    self.skipped = {split: {} for split in splits}  # number -> error, of what was streamed so far
+
+  def carrying(self, names: Iterable[str] | None = None) -> Data:
+    """`Data` of these features alone; None: of all. Raises ValueError where sizes must be said."""
+    reader, kept = copy.copy(self), self.info.features if names is None else set(names)
+    reader.arrays = {}
+    carried = {name: x for name, x in self.info.features.items() if name in kept}
+    reader.texts = self.tokenizer is not None and any(x.kind == "text" for x in carried.values())
+    reader.features = {name: x for name, x in carried.items() if x.kind not in ("text", "latent")}
+    has_latent = any(x.kind == "latent" for x in carried.values())
+    reader.latents = self.options.latents if has_latent else None
+    reader.moved = any(map(kinds.is_moved, reader.features.values()))
+    reader.native = kinds.native_size(carried)
+    reader.views = _at_size(self.views, carried, self.source)
+    # Said once, and not for every example.
+    reader.cut = {is_train: reader.moves(is_train) for is_train in (True, False)}
+    reader.centre = geometry.Look(functools.partial(geometry.for_evaluation, reader.views[0]),
+                                  reader.views[0].interpolation)
+    views = reader.views if reader.cut[True] else reader.views[:1]
+    spec = make_spec(carried, self.batch_size, [view.image_size for view in views],
+                     self.tokenizer, self.options.latents)
+    return Data(self.info, reader.train, reader.eval, spec,
+                self.train_split, self.eval_split, self.tokenizer, self.carrying)
+
+  def __getstate__(self):
+    return {**self.__dict__, "arrays": {}}  # workers stream: they need nothing that is in memory
+
+  def train(self, start: int, stop: int, rows=None) -> Iterator[dict[str, np.ndarray]]:
+    return self.read(self.train_split, range(start, stop), self.batch_size, rows, self.pick,
+                     is_train=True)
+
+  def eval(self, split: str | None = None, batch_size: int | None = None, rows=None):
+    split = self.eval_split if split is None else split
+    batch_size = self.batch_size if batch_size is None else batch_size
+    check_split("split", split, self.splits)
+    check_least("batch_size", batch_size, 1)
+    count = self.info.num_examples[split]
+    return self.read(split, range(-(-count // batch_size)), batch_size, rows,
+                     lambda position: np.where(position < count, position, 0), is_train=False)
+
+  def moves(self, is_train: bool) -> bool:
+    """Whether anything but whole images, as large as they are, may be seen."""
+    views = self.views if is_train else self.views[:1]
+    return self.moved and (self.native is None or any(
+      geometry.moves(view, *self.native, is_train) for view in views))
+
+  def looks(self, position: int, is_train: bool) -> list[geometry.Look]:
+    """What is seen of the image at a position; [] where it is the whole."""
+    if not self.cut[is_train]:
+      return []
+    if not is_train:
+      return [self.centre]
+    return [geometry.Look(functools.partial(
+      geometry.for_training, view, order.generator(self.seed, purpose, position)),
+      view.interpolation, exact=False)
+      for view, purpose in zip(self.views, (order.CROP, order.CROP_2))]
+
+  def parse(self, record, looks=(), coarse: bool = False) -> dict[str, np.ndarray]:
+    """A record as arrays: what is seen of it, or all; its captions. Raises BadRecord."""
+    result = kinds.read(record, self.features, looks, coarse)
+    if self.latents:
+      from input_pipeline.latents import read_latent
+      result["image"] = read_latent(record, self.latents)
+    if self.texts and "text" in record:
+      result["captions"] = captions(record)
+    return result
+
+  def cached(self, split: str, numbers: range) -> dict[str, np.ndarray] | None:
+    """A split's arrays, if it is one that is held in memory; read when a batch is asked for."""
+    if self.moved and self.native is None:
+      return None
+    example = make_spec(self.info.features, 1, [self.native], None, self.latents)
+    example = {name: x for name, x in example.items()
+               if name in self.features or name == "image" and self.latents}
+    size = sum(x.size * x.dtype.itemsize for x in example.values())
+    if self.info.num_examples[split] * size > self.options.cache_bytes:
+      return None
+    if numbers and split not in self.arrays:
+      self.arrays[split] = reading.load(self.splits[split], self.parse, split, example,
+                                        self.options.on_error, self.tokenizer)
+    return self.arrays.get(split, {})
+
+  def finish(self, arrays, position, split: str, is_train: bool) -> dict[str, np.ndarray]:
+    """The arrays of the batch, or of the example, at `position`, as `Data` promises them."""
+    bad = arrays.pop("bad")
+    if not is_train:
+      arrays["valid"] = (position < self.info.num_examples[split]) & ~bad
+    if "captions" in arrays:
+      found, count = arrays["captions"], arrays["num_captions"]
+      drawn = 0 * count if not is_train else (order.uniform(
+        position, n=self.info.num_examples[split], seed=self.seed) * count).astype(int)
+      arrays["text"] = np.take_along_axis(found, drawn[..., None, None], -2)[..., 0, :]  # b l
+      if is_train:
+        del arrays["captions"], arrays["num_captions"]
+    return arrays
+
+  def read(self, split: str, numbers: range, batch_size: int, rows, index_of: Callable,
+           is_train: bool) -> Iterator[dict[str, np.ndarray]]:
+    """The batches `numbers` of a split whose example at a position is `index_of` it."""
+    rows = np.arange(batch_size)[slice(None) if rows is None else rows]
+    arrays = self.cached(split, numbers)
+    if arrays is None:
+      return self.streamed(split, numbers, batch_size, rows, index_of, is_train)
+
+    def gather(number):
+      position = number * batch_size + rows
+      index = index_of(position)
+      text_of = self.other[index] if is_train and self.other is not None else index
+      batch = {key: np.take(a, text_of if "captions" in key else index, axis=0)
+               for key, a in arrays.items()}
+      batch = self.see_all(batch, [self.looks(at, is_train) for at in position])
+      return self.finish(batch, position, split, is_train)
+    return reading.prefetch(map(gather, numbers), self.options.prefetch_batches)
+
+  def streamed(self, split, numbers, batch_size, rows, index_of, is_train):
+    """`read` of a split that is decoded as it is read."""
+    records, on_error = self.splits[split], self.options.on_error
+    most = most_captions(records) if self.texts and numbers and not is_train else 0
+    permuted = is_train and self.other is not None
+
+    def example(i):
+      number, row = divmod(i, len(rows))
+      position = (numbers.start + number) * batch_size + rows[row]
+      index = int(index_of(position))
+      found, arrays = reading.first_good(records, index, functools.partial(
+        self.parse, looks=self.looks(position, is_train),
+        coarse=is_train and self.native is None), on_error)
+      if permuted:
+        _, told = reading.first_good(records, int(self.other[index]), self.parse, on_error)
+        arrays["captions"] = told["captions"]
+      if "captions" in arrays:
+        ids, count = encode_captions(self.tokenizer, [arrays["captions"]], most)
+        arrays |= {"captions": ids[0], "num_captions": count[0]}
+      arrays["bad"] = np.bool(found != index)
+      told = {} if on_error == "raise" else {
+        "skipped": np.int32(index if arrays["bad"] else -1)}
+      return self.finish(arrays, position, split, is_train) | told
+    made = reading.stream(example, len(numbers), len(rows), self.options.workers,
+                          self.options.prefetch_batches)
+    if on_error == "raise":
+      return made
+    return reading.tell(made, records, self.parse, split, self.skipped[split])
+
+  def see_all(self, batch: dict[str, np.ndarray], looks: list) -> dict[str, np.ndarray]:
+    """A batch from memory with what is seen of it."""
+    if not looks or not looks[0]:
+      return batch
+    moved = {name for name in self.features if kinds.is_moved(self.features[name])}
+
+    def rows(part):
+      return [kinds.see({name: batch[name][i] for name in moved}, self.features,
+                        kinds.once(looks[i]))
+              for i in part]
+
+    parts = [range(i, min(i + 8, len(looks))) for i in range(0, len(looks), 8)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+      seen = [*itertools.chain.from_iterable(pool.map(rows, parts))]
+    return batch | {name: np.stack([row[name] for row in seen]) for name in seen[0]}
+
+
+def _at_size(views: Sequence[geometry.View], features: Mapping[str, Feature],
+             source: str) -> list[geometry.View]:
+  """The views, with the images' own size where they say none. Raises ValueError."""
+  is_latent = any(feature.kind == "latent" for feature in features.values())
+  if not is_latent and not any(feature.kind in kinds.SIDES for feature in features.values()):
+    return [*views]
+  native = features["image"].shape[:2] if is_latent else kinds.native_size(features)
+  if native is None and any(view.image_size is None for view in views):
+    raise ValueError("augment.image_size=None, but the images are of several sizes: set it")
+  views = [view._replace(image_size=view.image_size or native) for view in views]
+  if is_latent and (len(views) > 1 or any(
+      geometry.moves(views[0], *native, is_train) for is_train in (True, False))):
+    raise ValueError(f"augment: the latents of {source!r} are {native[0]}x{native[1]} and are not "
+                     "cropped or resized: set no other image_size, no crop_area, no second_view")
+  return views
+
+
+def make_spec(features: Mapping[str, Feature], batch_size: int, sizes: Sequence, tokens: Any = None,
+              latents: str | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a global training batch; `sizes` are those of its views."""
+  spec = {}
+  for view, size in zip(kinds.VIEWS, sizes):
+    for name, feature in features.items():
+      shape = kinds.at_size(feature, size)
+      if feature.kind == "latent" and latents != "mean":
+        shape = (*shape[:2], 2 * shape[2])
+      if feature.kind == "text" and tokens:
+        spec[name] = jax.ShapeDtypeStruct((batch_size, tokens.context), np.int32)
+      elif feature.kind != "text" and (not view or kinds.is_moved(feature)):
+        spec[name + view] = jax.ShapeDtypeStruct((batch_size, *shape), np.dtype(feature.dtype))
+  return spec
+
+
+def check_split(field: str, split: str, splits) -> None:
+  if split not in splits:
+    raise ValueError(f"{field}={split!r} is not a split; {nearest(str(split), (*splits,))}")
+
+
+def check_least(field: str, value: int, least: int) -> None:
+  if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    raise ValueError(f"{field}={value!r}; it must be a whole number >= {least}")
