@@ -46,7 +46,7 @@ def environment() -> dict:
   lines = {line for line in (cpu.read_text().splitlines() if cpu.exists() else [])
            if line.startswith(("model name", "flags", "Features"))}
   return {"python": sys.version.split()[0], "jax": jax.__version__, "jaxlib": jaxlib.__version__,
-          "numpy": np.__version__, "flags": os.environ.get("XLA_FLAGS", ""),
+          "numpy": np.__version__, "flags": sorted(set(os.environ.get("XLA_FLAGS", "").split())),
           "cpus": os.cpu_count(),
           "cpu": hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()}
 
