@@ -20,7 +20,7 @@ def move(x, kind: str, size: tuple[int, int], matrix=None, mirrored=None):
     frames = jax.vmap(image_ops.warp, (0, None))(x.astype(jnp.float32), matrix)
     x = jnp.round(frames).astype(x.dtype)
   elif matrix is not None:
-    x = image_ops.warp(x[..., None], matrix, order=0)[..., 0]
+    x = image_ops.warp(x[..., None], matrix, order=0)[..., 0].astype(x.dtype)
   if mirrored is None:
     return x
   axis = 2 if kind == "frames" else 1
@@ -36,11 +36,9 @@ def _move_places(rows, size, matrix, mirrored):
                        jnp.stack([bottom_right[:, 0], top_left[:, 1]], -1), bottom_right], 1)
   y, x = corners[..., 0], corners[..., 1]                                    # m 4
   if matrix is not None:  # it leads from where something is seen to where it was
-    centre = jnp.array([w / 2, h / 2])
-    place = jnp.stack([x, y], -1) - centre
-    x, y = jnp.moveaxis(jnp.linalg.solve(
-      matrix[:2, :2], (place - matrix[:2, 2]).reshape(-1, 2).T).T.reshape(place.shape) + centre,
-      -1, 0)
+    xy = jnp.stack([x - w / 2 - matrix[0, 2], y - h / 2 - matrix[1, 2]]).reshape(2, -1)
+    x, y = jnp.linalg.solve(matrix[:2, :2], xy).reshape(2, *x.shape)
+    x, y = x + w / 2, y + h / 2
   if mirrored is not None:
     x = jnp.where(mirrored, w - x, x)
   if rows.shape[-1] == 2:

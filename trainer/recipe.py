@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs.base import get_base
-from input_pipeline import batches, geometry
+from input_pipeline import batches, geometry, kinds
 from input_pipeline.records import image_features
 from trainer import fields, networks, optimizer, schedule, sharding, store
 from trainer.config import UNITS, in_steps, steps
@@ -137,12 +137,11 @@ def carried(data, method, config: ConfigDict):
   views = ("", "_2") if config.augment.get("second_view") is not None else ("",)
   there = {name + view for name in data.spec for view in views} | {*data.spec}
   if missing := [name for name in method.needs if name not in there]:
-    hints = {"text": "; data.tokenizer makes one of captions"} | {
-      name: "; augment.second_view gives one" for name in base if name.endswith("_2")}
-    hint = next((hints[name] for name in missing if name in hints and base[name] in features), "")
+    hints = [kinds.HINTS.get(features[name].kind, "") for name in missing if name in features] + [
+      "; augment.second_view gives one" for name in missing if name != base[name] in features]
     raise ValueError(f"the method needs {' and '.join(method.needs)}; data.source = {source!r} has "
                      f"{' and '.join(sorted(features)) or 'nothing'}: no {' and no '.join(missing)}"
-                     + hint)
+                     + "".join(hints[:1]))
   return data
 
 
