@@ -90,7 +90,8 @@ def see(arrays: Mapping[str, np.ndarray], features: Mapping[str, Feature],
     return dict(arrays)
   result = {name: x for name, x in arrays.items()
             if name not in features or not is_moved(features[name])}
-  moved = sorted(arrays.keys() - result.keys(), key=lambda name: features[name].kind not in SIDES)
+  moved = sorted((name for name in arrays if name not in result),
+                 key=lambda name: features[name].kind not in SIDES)
   for view, look in zip(VIEWS, looks):
     for name in moved:  # boxes and points last: they are cut as what has sides was
       result[name + view] = _seen(arrays[name], features[name].kind, look)
