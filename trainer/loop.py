@@ -22,7 +22,7 @@ from trainer import report as reports
 from trainer.logging import Reporter, duration, print_evaluations
 from trainer.optimizer import stop_frozen
 from trainer.preemption import Preempted, listen
-from trainer.state import count_flops, make_init, make_step, statistics, with_statistics
+from trainer.state import make_init, make_step, statistics, with_statistics
 
 # Fields that do not change what is computed: a run may be continued with others.
 FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect",
@@ -108,6 +108,7 @@ def abstract_state(recipe, init: Callable | None = None):
 
 def model_flops(recipe, state) -> int:
   """FLOPs of the loss and its gradient in one training step, as if nothing was computed twice."""
+  from trainer.flops import count_flops
   config = recipes.ConfigDict(recipe.config.to_dict())
   if "remat" in config.model:
     del config.model.remat
