@@ -15,8 +15,8 @@ WIDTH = 100
 PROVIDED = ("model.image_size", "model.channels", "model.dtype", "method.model",
             "method.batch_size", "method.total_steps", "data.data_dir", "data.seed", "data.views",
             "augment.batch_size", "augment.latents", "optimizer.schedule", "optimizer.batch_size",
-            "schedule.total_steps", "mesh.devices", "checkpoint.workdir", "checkpoint.metadata",
-            "checkpoint.read_only", "context")
+            "optimizer.phases", "schedule.total_steps", "mesh.devices", "checkpoint.workdir",
+            "checkpoint.metadata", "checkpoint.read_only", "context")
 
 
 def help_of(config_name: str) -> str:

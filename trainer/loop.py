@@ -22,7 +22,7 @@ from trainer import report as reports
 from trainer.logging import Reporter, duration, print_evaluations
 from trainer.optimizer import stop_frozen
 from trainer.preemption import Preempted, listen
-from trainer.state import make_init, make_step, statistics, with_statistics
+from trainer.state import make_init, make_step, phase_gradient, statistics, with_statistics
 
 # Fields that do not change what is computed: a run may be continued with others.
 FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect",
@@ -107,21 +107,23 @@ def abstract_state(recipe, init: Callable | None = None):
 
 
 def model_flops(recipe, state) -> int:
-  """FLOPs of the loss and its gradient in one training step, as if nothing was computed twice."""
+  """FLOPs of losses and gradients in one training step, as if nothing was computed twice."""
   from trainer.flops import count_flops
   config = recipes.ConfigDict(recipe.config.to_dict())
   if "remat" in config.model:
     del config.model.remat
   method, stop = recipes.make_method(config), stop_frozen(config.optimizer)
 
-  def gradient(params, extra, batch):
+  def gradients(params, extra, batch):
     key = jax.random.key(0)
     batch = method.draw(key, batch)
-    return jax.grad(lambda params: method.loss(stop(params), extra, batch, key, 0)[0])(params)
+    return [phase_gradient(phase, stop, params, extra,
+                           jax.tree.map(lambda x, j=j, n=phase.times: x[j::n], batch), key, 0)[1]
+            for phase in method.turns.values() for j in range(phase.times)]
 
   batch = jax.eval_shape(lambda spec: recipe.augment.train(jax.random.key(0), spec),
                          recipe.data.spec)
-  return count_flops(gradient, state.params, state.extra, batch)
+  return count_flops(gradients, state.params, state.extra, batch)
 
 
 def weights_of(recipe, init, shardings, get_state) -> dict:
