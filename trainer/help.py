@@ -15,8 +15,8 @@ WIDTH = 100
 PROVIDED = ("model.image_size", "model.channels", "model.dtype", "method.model",
             "method.batch_size", "method.total_steps", "data.data_dir", "data.seed", "data.views",
             "augment.batch_size", "augment.latents", "optimizer.schedule", "optimizer.batch_size",
-            "optimizer.phases", "schedule.total_steps", "mesh.devices", "checkpoint.workdir",
-            "checkpoint.metadata", "checkpoint.read_only", "context")
+            "optimizer.phases", "optimizer.total_steps", "schedule.total_steps", "mesh.devices",
+            "checkpoint.workdir", "checkpoint.metadata", "checkpoint.read_only", "context")
 
 
 def help_of(config_name: str) -> str:
@@ -67,6 +67,8 @@ def _sections(config):
   augment = "latents" if config.data.get("latents") else "augment"
   yield "augment", fields.find_module("input_pipeline", augment, "").make, config.augment
   yield "optimizer", optimizer.make, config.optimizer
+  for name, section in (config.optimizer.get("groups") or {"NAME": {}}).items():
+    yield f"optimizer.groups.{name}", optimizer.group, section
   yield "schedule", schedule.make, config.schedule
   yield "mesh", sharding.make_mesh, config.mesh
   yield "checkpoint", store.Checkpoints, config.checkpoint

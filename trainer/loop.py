@@ -258,7 +258,9 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
 
   def log_step(step):
     metrics = fetch(step)
-    report.train(step, {**metrics, "train/lr": float(recipe.rate(step - 1))})
+    rates = {"": recipe.rate, **{f"_{name}": rate for name, rate in recipe.rate.groups.items()}}
+    report.train(step, metrics | {f"train/lr{name}": float(rate(step - 1))
+                                  for name, rate in rates.items()})
     text = recipe.method.warn({name.removeprefix("train/"): x for name, x in metrics.items()})
     if text and not warned:
       warned.append(text)

@@ -9,7 +9,18 @@ import jax
 import numpy as np
 import optax
 
-from trainer.optimizers import OPTIMIZERS, path_name, per_layer
+from trainer import fields
+from trainer import schedule as schedules
+from trainer.optimizers import OPTIMIZERS, per_layer
+from trainer.parts import (
+  Whole,
+  check_parts,
+  check_pattern,
+  listed,
+  names,
+  of_phases,
+  path_name,
+)
 
 # What stands before the first block: embeddings, tokens, positions.
 BEFORE_BLOCKS = (r"(^|/)(embed|embed_norm|convolutions|position|segment|cls|cls_position|registers"
@@ -25,21 +36,80 @@ def decay_mask(pattern: str) -> Callable:
     lambda path, _: re.search(pattern, re.sub(r"/\d+$", "", path_name(path))) is not None, params)
 
 
+# --- Whose a parameter is -------------------------------------------------------------------------
+
+TRAINED, FROZEN = "trained", "frozen"  # labels of what is in no group, and of what stays
+
+
+class Rule(NamedTuple):
+  """A pattern of the config: it has the parameters that match, but for those of a rule before."""
+
+  field: str
+  pattern: str
+  label: str  # FROZEN, or group_NAME
+
+
+def rules(section: Mapping) -> list[Rule]:
+  """Those of `config.optimizer`: `frozen`, then the groups by name."""
+  groups = section.get("groups") or {}
+  found = [Rule("optimizer.frozen", section["frozen"], FROZEN)] if section.get("frozen") else []
+  return found + [Rule(f"optimizer.groups.{name}.path", groups[name]["path"],
+                       FROZEN if groups[name].get("frozen") else f"group_{name}")
+                  for name in sorted(groups)]
+
+
+def owner(found: list[Rule], path: str) -> Rule | None:
+  return next((rule for rule in found if re.search(rule.pattern, path)), None)
+
+
+def is_frozen(found: list[Rule], path: str) -> bool:
+  rule = owner(found, path)
+  return rule is not None and rule.label == FROZEN
+
+
+def labels(found: list[Rule], params):
+  """A tree like params of TRAINED, FROZEN and group_NAME."""
+  def leaf(path, _):
+    rule = owner(found, path_name(path))
+    return rule.label if rule else TRAINED
+  return jax.tree.map_with_path(leaf, params)
+
+
+def check_rules(found: list[Rule], params):
+  """Raises ValueError where a rule is left without parameters, or nothing is trained."""
+  paths = names(params)
+  owners = {path: owner(found, path) for path in paths}
+  for rule in found:
+    said, matched = f"{rule.field} = {rule.pattern!r}", [
+      path for path in paths if re.search(rule.pattern, path)]
+    if rule.label == FROZEN and len(matched) in (0, len(paths)):
+      raise ValueError(f"{said}: must match some parameters and not all; {listed(paths)}")
+    if not matched:
+      raise ValueError(f"{said}: matches no parameter; {listed(paths)}")
+    if rule not in owners.values():
+      first = owners[matched[0]]
+      raise ValueError(f"{said}: all that it matches is taken by {first.field} = "
+                       f"{first.pattern!r}; {listed(matched)}")
+  if found and all(is_frozen(found, path) for path in paths):
+    raise ValueError(f"{' and '.join(rule.field for rule in found)} leave nothing to train")
+
+
 def stop_frozen(section: Mapping) -> Callable:
   """params -> params with no gradient where `config.optimizer`, the section, trains nothing."""
-  pattern, tuned = section.get("frozen"), section.get("tuned_blocks")
+  found, tuned = rules(section), section.get("tuned_blocks")
 
   def stop(params):
     scales = by_depth(params, 1.0, tuned)
 
-    def leaf(path, x, scale):
-      if pattern and re.search(pattern, path_name(path)):
+    def leaf(x, label, scale):
+      if label == FROZEN:
         return jax.lax.stop_gradient(x)
       fixed = int((np.asarray(scale) == 0).sum())                            # of stacked blocks
       return x if not fixed else jax.lax.stop_gradient(x) if np.ndim(scale) == 0 else (
         jax.numpy.concatenate([jax.lax.stop_gradient(x[:fixed]), x[fixed:]]))
-    return jax.tree.map_with_path(leaf, params, scales)
-  return (lambda params: params) if pattern is None and tuned is None else stop
+    return jax.tree.map(leaf, params, labels(found, params), scales)
+  return stop if FROZEN in {rule.label for rule in found} or tuned is not None else (
+    lambda params: params)
 
 
 def by_depth(params, decay: float, tuned: int | None):
@@ -86,146 +156,76 @@ def scale_by_depth(decay: float, tuned: int | None) -> optax.GradientTransformat
   return optax.GradientTransformation(init, update)
 
 
-def leave_frozen(pattern: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`tx` on all parameters but those whose path matches: they stay, and have no optimizer state."""
-  def labels(params):
-    return jax.tree.map_with_path(
-      lambda path, _: "frozen" if re.search(pattern, path_name(path)) else "trained", params)
+# --- Groups ---------------------------------------------------------------------------------------
 
-  return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+class Rates(NamedTuple):
+  """Called with a step it gives the learning rate."""
 
+  main: Callable  # step -> rate, of what is in no group
+  groups: Mapping[str, Callable]  # {group: step -> rate} of those that have one of their own
 
-# --- Phases ---------------------------------------------------------------------------------------
-
-def part_of(params, pattern: str):
-  """The parameters whose path matches, in a tree that has `optax.MaskedNode` for the others."""
-  if not pattern:
-    return params
-  return jax.tree.map_with_path(
-    lambda path, x: x if re.search(pattern, path_name(path)) else optax.MaskedNode(), params)
+  def __call__(self, step):
+    return self.main(step)
 
 
-def with_part(params, part):
-  """`params` with those of a part in the place of their own."""
-  return jax.tree.map(lambda x, old: old if isinstance(x, optax.MaskedNode) else x, part, params,
-                      is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+OPTIONS = tuple(function for function, _ in OPTIMIZERS.values())
 
 
-def check_pattern(pattern: str, field: str):
-  """Raises ValueError where this is no regular expression."""
-  try:
-    re.compile(pattern)
-  except re.error as error:
-    raise ValueError(f"{field} = {pattern!r}: no regular expression: {error}") from error
-
-
-def _paths(params) -> list[str]:
-  return [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-
-
-def _first(paths: list[str]) -> str:
-  """The end of an error message: which parameters there are."""
-  more = f" and {len(paths) - 12} more" if len(paths) > 12 else ""
-  return f"they are {', '.join(paths[:12])}{more}"
-
-
-def check_frozen(pattern: str, params):
-  """Raises ValueError unless it matches some of the parameters, and not all."""
-  paths = _paths(params)
-  if len({re.search(pattern, path) is None for path in paths}) != 2:
-    raise ValueError(f"optimizer.frozen = {pattern!r}: must match some parameters and not all; "
-                     + _first(paths))
-
-
-def check_parts(phases: Mapping, params, frozen: str | None):
-  """Raises ValueError unless every parameter is of one phase, or of none and frozen."""
-  paths, trained_by = _paths(params), {}
-  for name, phase in phases.items():
-    said = f"phase {name!r} (part = {phase.part!r})"
-    own = [path for path in paths if re.search(phase.part, path)]
-    if not own:
-      raise ValueError(f"phase {name!r}: part = {phase.part!r} matches no parameter; "
-                       + _first(paths))
-    for path in own:
-      if path in trained_by:
-        raise ValueError(f"{said} and {trained_by[path]} would both train {path}: a parameter is "
-                         f"of one phase; {_first(own)}")
-      trained_by[path] = said
-  left = [path for path in paths
-          if path not in trained_by and not (frozen and re.search(frozen, path))]
-  if left:
-    raise ValueError(f"no phase trains {', '.join(left[:12])}, and optimizer.frozen = {frozen!r} "
-                     f"does not match it; the phases are {', '.join(trained_by.values())}")
-
-
-def of_phases(phases: Mapping, build: Callable, check: Callable):
-  """One transformation for all phases: each has a state of its own, and sees its part alone.
-
-  `build` is (times a step) -> optax transformation. The state is {phase: state}, of a single phase
-  its state; `update` is told by `phase` whose turn it is. `check` is called with all parameters.
-  """
-  for name, phase in phases.items():
-    check_pattern(phase.part, f"phase {name!r}: part")
-    if phase.times < 1:
-      raise ValueError(f"phase {name!r}: times = {phase.times}: expected at least 1")
-  txs = {name: optax.with_extra_args_support(build(phase.times)) for name, phase in phases.items()}
-  only = next(iter(txs)) if len(txs) == 1 else None
-
-  def init(params):
-    check(params)
-    states = {name: tx.init(part_of(params, phases[name].part)) for name, tx in txs.items()}
-    return states if only is None else states[only]
-
-  def update(grads, state, params=None, *, phase=only):
-    if only is not None:
-      return txs[only].update(grads, state, params)
-    updates, own = txs[phase].update(grads, state[phase], params)
-    return updates, {**state, phase: own}
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-class Whole(NamedTuple):
-  """The phase that a method of one loss is."""
-
-  part: str = ""
-  times: int = 1
-
-
-def make(*, schedule: Callable, batch_size: int, phases: Mapping | None = None,
-         name: Literal[*OPTIMIZERS] = "adamw", lr: float | None = None,
-         base_lr: float | None = None, weight_decay: float = 0.0, decay: str = r"kernel$",
-         frozen: str | None = None, tuned_blocks: int | None = None, layer_decay: float = 1.0,
-         clip_norm: float | None = None,
-         **options: tuple(function for function, _ in OPTIMIZERS.values())):
-  """Returns (optax transformation, step -> learning rate).
+def group(*, path: str, lr: float | None = None, base_lr: float | None = None,
+          weight_decay: float | None = None, decay: str | None = None,
+          schedule: Mapping | None = None, frozen: bool = False,
+          name: Literal[*OPTIMIZERS] | None = None, **options: OPTIONS) -> dict:
+  """What a section of `optimizer.groups` says of the parameters whose path matches.
 
   Args:
-    schedule: step -> multiplier of the peak rate.
-    batch_size: examples a step.
-    phases: of the method, {name: `part`, `times`}; None = it has one loss.
-    name: a key of OPTIMIZERS.
-    lr, base_lr: the peak rate, or the peak rate for 256 examples (1706.02677): give one.
-    weight_decay: decoupled and times the rate (in the gradient for sgd and lars).
-    decay: regular expression; parameters whose path matches decay. The default leaves out biases,
-      norms, positions and tokens.
-    frozen: regular expression; parameters whose path matches are not trained.
-    tuned_blocks: how many of the last blocks are trained, with what follows them; None = all.
-    layer_decay: factor in (0, 1] on the rate for each layer further from the output.
-    clip_norm: global norm that gradients are clipped to; None = not clipped.
-    **options: keywords of the optimizer's row above (b1, b2, eps, momentum, ...).
+    path: regular expression; of several groups that match the first by name has a parameter.
+    lr, base_lr: the peak rate, or that for 256 examples; None = the optimizer section's.
+    weight_decay: None = the optimizer section's.
+    decay: regular expression on the paths that decay; None = the optimizer section's.
+    schedule: a section as config.schedule is, in the place of all of it; None = config.schedule.
+    frozen: whether the parameters are not trained; all else is of no effect then.
+    name: a key of OPTIMIZERS; None = the optimizer section's, with its options.
+    **options: keywords of the optimizer's row (b1, b2, eps, momentum, ...).
   """
+  said = dict(lr=lr, base_lr=base_lr, weight_decay=weight_decay, decay=decay, schedule=schedule,
+              name=name)
+  return {"path": path, "frozen": frozen, "own": options | {
+    field: value for field, value in said.items() if value is not None}}
+
+
+def check_groups(groups: Mapping) -> dict:
+  """{name: what `group` makes of its section}. Raises ValueError in the config's words."""
+  for name, section in groups.items():
+    if not name.isidentifier():
+      raise ValueError(f"config.optimizer.groups.{name}: expected a name of letters, digits and _")
+    fields.check(section, Mapping, f"config.optimizer.groups.{name}")
+  return {name: fields.call(group, section, f"optimizer.groups.{name}")
+          for name, section in sorted(groups.items())}
+
+
+def inherited(main: Mapping, own: Mapping, field: str, total_steps: int | None) -> dict:
+  """The settings of a group: its own, and what `main` has in the place of those not said."""
+  rest = main | ({"lr": None, "base_lr": None} if {"lr", "base_lr"} & own.keys() else {})
+  if own.get("name", main["name"]) != main["name"]:  # options are of the optimizer that is named
+    rest = {name: x for name, x in rest.items() if name in inspect.signature(group).parameters}
+  if "schedule" in own:
+    own = own | {"schedule": fields.call(schedules.make, own["schedule"], f"{field}.schedule",
+                                         total_steps=total_steps)}
+  return {**rest, **own}
+
+
+def settled(field: str, batch_size: int, *, schedule: Callable, name: str, lr: float | None,
+            base_lr: float | None, weight_decay: float, decay: str, **options):
+  """(times a step -> optax transformation, step -> rate) of one section, named by `field`."""
   if (lr is None) == (base_lr is None):
-    raise ValueError(f"optimizer: give lr or base_lr, not both (lr = {lr}, base_lr = {base_lr})")
+    raise ValueError(f"{field}: give lr or base_lr, not both (lr = {lr}, base_lr = {base_lr})")
   row, layerwise = OPTIMIZERS[name]
   unknown = set(options) - set(inspect.signature(row).parameters)
   if unknown:
     allowed = list(inspect.signature(row).parameters)[3:]
-    raise ValueError(f"optimizer.{min(unknown)}: {name} takes {', '.join(allowed)}; "
-                     f"--config.optimizer.{min(unknown)}=none leaves it out")
-  if not 0 < layer_decay <= 1 or (tuned_blocks or 0) < 0:
-    raise ValueError(f"optimizer.layer_decay = {layer_decay}: expected a number in (0, 1]; "
-                     f"optimizer.tuned_blocks = {tuned_blocks}: at least 0")
+    raise ValueError(f"{field}.{min(unknown)}: {name} takes {', '.join(allowed)}; "
+                     f"--config.{field}.{min(unknown)}=none leaves it out")
+  check_pattern(decay, f"{field}.decay")
   peak = lr if lr is not None else base_lr * batch_size / 256
 
   def rate(step):
@@ -234,16 +234,74 @@ def make(*, schedule: Callable, batch_size: int, phases: Mapping | None = None,
   def build(times):
     tx = row(lambda count: rate(count if times == 1 else count // times), weight_decay,
              decay_mask(decay), **options)
-    tx = per_layer(tx) if layerwise else tx
-    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx
-    if layer_decay != 1 or tuned_blocks is not None:
-      tx = optax.chain(tx, scale_by_depth(layer_decay, tuned_blocks))
-    return leave_frozen(frozen, tx) if frozen else tx
+    return per_layer(tx) if layerwise else tx
+  return build, rate
+
+
+def joined(found: list[Rule], txs: Mapping, clip_norm: float | None, layer_decay: float,
+           tuned_blocks: int | None) -> optax.GradientTransformation:
+  """One transformation of those by label. What is frozen stays, and has no optimizer state."""
+  tx = txs[TRAINED] if len(txs) == 1 else optax.partition(txs, lambda p: labels(found, p))
+  tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx
+  if layer_decay != 1 or tuned_blocks is not None:
+    tx = optax.chain(tx, scale_by_depth(layer_decay, tuned_blocks))
+  if FROZEN not in {rule.label for rule in found}:
+    return tx
+  return optax.partition({TRAINED: tx, FROZEN: optax.set_to_zero()}, lambda params: jax.tree.map(
+    lambda label: FROZEN if label == FROZEN else TRAINED, labels(found, params)))
+
+
+def make(*, schedule: Callable, batch_size: int, total_steps: int | None = None,
+         phases: Mapping | None = None, name: Literal[*OPTIMIZERS] = "adamw",
+         lr: float | None = None, base_lr: float | None = None, weight_decay: float = 0.0,
+         decay: str = r"kernel$", frozen: str | None = None,
+         groups: Mapping[str, Mapping] | None = None, tuned_blocks: int | None = None,
+         layer_decay: float = 1.0, clip_norm: float | None = None, **options: OPTIONS):
+  """Returns (optax transformation, `Rates`).
+
+  Args:
+    schedule: step -> multiplier of the peak rate.
+    batch_size: examples a step.
+    total_steps: of the run, for the schedules of groups.
+    phases: of the method, {name: `part`, `times`}; None = it has one loss.
+    name: a key of OPTIMIZERS.
+    lr, base_lr: the peak rate, or the peak rate for 256 examples (1706.02677): give one.
+    weight_decay: decoupled and times the rate (in the gradient for sgd and lars).
+    decay: regular expression; parameters whose path matches decay. The default leaves out biases,
+      norms, positions and tokens.
+    frozen: regular expression; parameters whose path matches are not trained.
+    groups: {NAME: section}; paths with a rate, decay, schedule or optimizer of their own, or none.
+    tuned_blocks: how many of the last blocks are trained, with what follows them; None = all.
+    layer_decay: factor in (0, 1] on the rate for each layer further from the output.
+    clip_norm: global norm that gradients are clipped to; None = not clipped.
+    **options: keywords of the optimizer's row above (b1, b2, eps, momentum, ...).
+  """
+  if not 0 < layer_decay <= 1 or (tuned_blocks or 0) < 0:
+    raise ValueError(f"optimizer.layer_decay = {layer_decay}: expected a number in (0, 1]; "
+                     f"optimizer.tuned_blocks = {tuned_blocks}: at least 0")
+  groups = check_groups(groups or {})
+  found = rules(dict(frozen=frozen, groups=groups))
+  for rule in found:
+    check_pattern(rule.pattern, rule.field)
+  main = dict(schedule=schedule, name=name, lr=lr, base_lr=base_lr, weight_decay=weight_decay,
+              decay=decay, **options)
+  makers = {TRAINED: settled("optimizer", batch_size, **main)}
+  for name, section in groups.items():
+    field = f"optimizer.groups.{name}"
+    if not section["frozen"]:
+      makers[f"group_{name}"] = settled(field, batch_size, **inherited(
+        main, section["own"], field, total_steps))
 
   def check(params):
-    if frozen:
-      check_frozen(frozen, params)
+    check_rules(found, params)
     if phases:
-      check_parts(phases, params, frozen)
+      check_parts(phases, params, lambda path: is_frozen(found, path))
 
-  return of_phases(phases or {"": Whole()}, build, check), rate
+  def build(times):
+    return joined(found, {label: maker(times) for label, (maker, _) in makers.items()},
+                  clip_norm, layer_decay, tuned_blocks)
+
+  own_rates = {name: makers[f"group_{name}"][1] for name, section in groups.items()
+               if not section["frozen"] and {"lr", "base_lr", "schedule"} & section["own"].keys()}
+  return (of_phases(phases or {"": Whole()}, build, check),
+          Rates(makers[TRAINED][1], own_rates))

@@ -6,11 +6,7 @@ import jax
 import optax
 from optax import contrib
 
-
-def path_name(path) -> str:
-  """("encoder", "blocks", "mlp") as "encoder/blocks/mlp"."""
-  return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-                  for key in path)
+from trainer.parts import path_name
 
 
 def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -235,16 +235,25 @@ def total_steps(config: ConfigDict, train_size: int) -> int:
 
 
 def make_optimizer(config: ConfigDict, train_size: int, method=None):
-  """(optax transformation, step -> learning rate) of a config that `fill_from_data` completed.
+  """(optax transformation, `optimizer.Rates`) of a config that `fill_from_data` has completed.
 
   Where a method is given each of its phases has an optimizer of its own.
   """
-  batch_size = config.data.batch_size
-  section = in_steps(config.schedule, ("warmup", "cooldown", "hold", "delay"), batch_size,
-                     train_size)
-  multiplier = fields.call(schedule.make, section, "schedule", total_steps=config.total_steps)
-  return fields.call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
-              schedule=multiplier, phases=method.turns if method else None)
+  batch_size, total = config.data.batch_size, config.total_steps
+  durations = ("warmup", "cooldown", "hold", "delay")
+  section = fields.plain(config.optimizer)
+  groups = section.get("groups")
+  for name, group in groups.items() if isinstance(groups, Mapping) else ():
+    if isinstance(group, Mapping) and isinstance(group.get("schedule"), Mapping):
+      try:
+        group["schedule"] = in_steps(group["schedule"], durations, batch_size, train_size)
+      except ValueError as error:
+        raise ValueError(f"config.optimizer.groups.{name}.schedule: {error}") from error
+  multiplier = fields.call(
+    schedule.make, in_steps(config.schedule, durations, batch_size, train_size), "schedule",
+    total_steps=total)
+  return fields.call(optimizer.make, section, "optimizer", batch_size=batch_size,
+              schedule=multiplier, total_steps=total, phases=method.turns if method else None)
 
 
 def check_scalars(config: ConfigDict):
@@ -274,7 +283,7 @@ class Recipe(NamedTuple):
   augment: Any  # input_pipeline.augment.Augment
   method: Any  # methods.method.Method
   tx: Any  # optax transformation
-  rate: Callable  # step -> learning rate
+  rate: Callable  # step -> learning rate; rate.groups: {group: the same}
   total: int  # steps
   log_every: int  # steps
   eval_every: int  # steps; 0: at the end only

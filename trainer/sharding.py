@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from trainer.optimizers import path_name
+from trainer.parts import path_name
 
 # Tensor parallelism (1909.08053): heads of attention and hidden features of the MLP. A path that
 # ends with the pattern is split along that axis; optimizer state and EMA follow, having the paths.

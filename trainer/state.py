@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.optimizer import part_of, with_part
+from trainer.parts import part_of, with_part
 
 
 class TrainState(NamedTuple):
