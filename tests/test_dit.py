@@ -14,7 +14,7 @@ from arrays import normal, random_params
 
 from models import dit, positions
 from trainer import sharding
-from trainer.state import count_flops
+from trainer.flops import count_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

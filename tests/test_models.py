@@ -13,7 +13,7 @@ import pytest
 from arrays import normal, random_params
 
 from models import kernels, layers, mae, positions, transformer, vit
-from trainer.state import count_flops
+from trainer.flops import count_flops
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,7 +12,8 @@ from methods import mae as mae_method
 from methods.method import Method
 from models import mae, vit
 from trainer import optimizer, schedule
-from trainer.state import TrainState, count_flops, make_step, statistics, with_statistics
+from trainer.flops import count_flops
+from trainer.state import TrainState, make_step, statistics, with_statistics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from trainer import checkpoints, fields, sharding
-from trainer.state import make_init
+from trainer.state import make_init, with_statistics
 
 
 class Context(NamedTuple):
@@ -102,6 +102,19 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
     return metrics
 
   return evaluate
+
+
+def weights_of(recipe, init, shardings, get_state) -> dict:
+  """What evaluators evaluate: "trained" (the running average if kept) and "untrained"."""
+  def trained():
+    state = get_state()
+    if state.ema is None:
+      return state.params, state.extra
+    return state.ema, with_statistics(recipe.method, state.extra, state.ema_statistics)
+
+  initial = jax.jit(lambda: (init().params, init().extra),
+                    out_shardings=(shardings.params, shardings.extra))
+  return {"trained": trained, "untrained": initial}
 
 
 def evaluate_run(run, recipe, workdir) -> dict[str, float]:

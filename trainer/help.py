@@ -14,8 +14,8 @@ WIDTH = 100
 # What the run says of itself, or the data of a model: not asked of a section.
 PROVIDED = ("model.image_size", "model.channels", "model.dtype", "method.model",
             "method.batch_size", "method.total_steps", "data.data_dir", "data.seed", "data.views",
-            "augment.batch_size", "augment.latents", "augment.features",
-            "optimizer.schedule", "optimizer.batch_size",
+            "augment.batch_size", "augment.latents", "augment.features", "optimizer.schedule",
+            "optimizer.batch_size", "optimizer.phases", "optimizer.total_steps",
             "schedule.total_steps", "mesh.devices", "checkpoint.workdir", "checkpoint.metadata",
             "checkpoint.read_only", "context")
 
@@ -67,6 +67,8 @@ def _sections(config):
   yield "data", batches.open_data, config.data
   yield "augment", recipe.augmentation(config, {"image": None})[0], config.augment
   yield "optimizer", optimizer.make, config.optimizer
+  for name, section in (config.optimizer.get("groups") or {"NAME": {}}).items():
+    yield f"optimizer.groups.{name}", optimizer.group, section
   yield "schedule", schedule.make, config.schedule
   yield "mesh", sharding.make_mesh, config.mesh
   yield "checkpoint", store.Checkpoints, config.checkpoint

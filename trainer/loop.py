@@ -10,66 +10,22 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from trainer import evaluation, fields, networks, sharding, store
 from trainer import recipe as recipes
-from trainer import report as reports
 from trainer.logging import Reporter, duration, print_evaluations
 from trainer.optimizer import stop_frozen
 from trainer.preemption import Preempted, listen
-from trainer.state import count_flops, make_init, make_step, statistics, with_statistics
+from trainer.same_run import TrainingError, check_same_data, check_same_run, keep_tokenizer
+from trainer.state import make_init, make_step, phase_gradient, statistics
 
-# Fields that do not change what is computed: a run may be continued with others.
-FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect",
-        "data.workers", "data.cache_bytes", "data.prefetch_batches", "data.tokenizer",
-        "augment.eval_crop", "augment.eval_squash")
 log = logging.getLogger("vitrine")
-
-
-class TrainingError(RuntimeError):
-  """Training stopped for a reason the user has to know; nothing already saved is lost."""
-
-
-def check_same_run(workdir: Path, config: dict):
-  """Writes config.json, or compares with the one there. Raises TrainingError if they differ."""
-  path = workdir / "config.json"
-  if path.exists():
-    then = recipes.plain(store.load_config(workdir))
-    lines = [line for line in recipes.differences(then, config)
-             if not line.removeprefix("config.").startswith(FREE)]
-    if lines:
-      raise TrainingError(f"{workdir} holds a run with another config; choose another --workdir or "
-                          "remove it. Its config differs in\n  " + "\n  ".join(lines))
-  elif jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(path)
-
-
-def keep_tokenizer(path: Path, now: str):
-  """Writes a run's tokenizer, or raises TrainingError if another is there."""
-  if path.exists():
-    if path.read_text() != now:
-      raise TrainingError(f"the tokenizer is not that of {path}; give it, "
-                          f"--config.data.tokenizer={path}, to continue the run with it")
-  elif jax.process_index() == 0:
-    path.write_text(now)
-
-
-def check_same_data(workdir: Path, saved: dict, now: dict):
-  """Raises TrainingError if the run was trained on other data; warns if by other code."""
-  if saved["data"] != now["data"]:
-    raise TrainingError(f"the data is not what {workdir} was trained on: fingerprint {now['data']} "
-                        f"now, {saved['data']} then. A continued run would not be the same run")
-  if saved["code"] != now["code"]:
-    log.warning("%s was saved by version %s of the code, this is %s: the continued run may differ "
-                "from an unbroken one", workdir, saved["code"], now["code"])
 
 
 def initial_state(recipe):
@@ -107,33 +63,23 @@ def abstract_state(recipe, init: Callable | None = None):
 
 
 def model_flops(recipe, state) -> int:
-  """FLOPs of the loss and its gradient in one training step, as if nothing was computed twice."""
+  """FLOPs of losses and gradients in one training step, as if nothing was computed twice."""
+  from trainer.flops import count_flops
   config = recipes.ConfigDict(recipe.config.to_dict())
   if "remat" in config.model:
     del config.model.remat
   method, stop = recipes.make_method(config), stop_frozen(config.optimizer)
 
-  def gradient(params, extra, batch):
+  def gradients(params, extra, batch):
     key = jax.random.key(0)
     batch = method.draw(key, batch)
-    return jax.grad(lambda params: method.loss(stop(params), extra, batch, key, 0)[0])(params)
+    return [phase_gradient(phase, stop, params, extra,
+                           jax.tree.map(lambda x, j=j, n=phase.times: x[j::n], batch), key, 0)[1]
+            for phase in method.turns.values() for j in range(phase.times)]
 
   batch = jax.eval_shape(lambda spec: recipe.augment.train(jax.random.key(0), spec),
                          recipe.data.spec)
-  return count_flops(gradient, state.params, state.extra, batch)
-
-
-def weights_of(recipe, init, shardings, get_state) -> dict:
-  """What evaluators evaluate: "trained" (the running average if kept) and "untrained"."""
-  def trained():
-    state = get_state()
-    if state.ema is None:
-      return state.params, state.extra
-    return state.ema, with_statistics(recipe.method, state.extra, state.ema_statistics)
-
-  initial = jax.jit(lambda: (init().params, init().extra),
-                    out_shardings=(shardings.params, shardings.extra))
-  return {"trained": trained, "untrained": initial}
+  return count_flops(gradients, state.params, state.extra, batch)
 
 
 def describe(recipe, state, start: int, workdir) -> dict[str, str]:
@@ -155,24 +101,23 @@ def describe(recipe, state, start: int, workdir) -> dict[str, str]:
     "run directory": str(workdir)}
 
 
-def train(recipe: recipes.Recipe, workdir, command: str = "",
-          changed: Sequence[str] = ()) -> dict[str, float]:
-  """Trains to the end, continuing the run in `workdir` if there is one.
+class Start(NamedTuple):
+  """What a run goes on from."""
 
-  `command` and `changed`, the differences from the recipe's defaults, are for the run's report.
+  state: Any  # from the newest checkpoint, or new
+  step: int
+  facts: dict  # plain: config, code, data
+  init: Callable  # () -> TrainState at step 0
+  abstract: Any  # shapes of the state, with their shardings
+  shardings: Any
+  kept: store.Checkpoints
+  compiling: Future | None  # of the step; None where no step is left
+  taken: Any  # transfer.Taken, of another run, or None
 
-  Returns the final evaluation's metrics.
 
-  Raises:
-    TrainingError: the workdir holds another run, a record cannot be read, the loss is not finite.
-    CheckpointError: a checkpoint could not be written, or all there are damaged.
-    Preempted: SIGTERM or SIGINT; the state is saved.
-  """
-  began, workdir = time.monotonic(), Path(workdir)
-  config, mesh = recipe.config, recipe.mesh
-  batch_size = config.data.batch_size
-
-  # --- The state: from the newest checkpoint, or new ----------------------------------------------
+def start_of(recipe, workdir: Path) -> Start:
+  """Checks that the run fits what is in `workdir`, and gets its state. Raises as `train`."""
+  config = recipe.config
   facts = {"config": recipes.plain(config), "code": store.code_version(),
            "data": recipe.data.info.fingerprint}
   sharding.check_agreement({name: json.dumps(fact) for name, fact in facts.items()})
@@ -193,8 +138,8 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
                      metadata=facts)
   restored = kept.restore(abstract, {
     "ema_statistics": lambda items: statistics(recipe.method, items["extra"])})
-  start = int(restored[0].step) if restored else 0
-  if start < recipe.total:
+  step, compiling = int(restored[0].step) if restored else 0, None
+  if step < recipe.total:
     compiler = ThreadPoolExecutor(1)  # beside what is done until the first step
     compiling = compiler.submit(compiled_step, recipe, abstract, shardings)
     compiler.shutdown(wait=False)
@@ -203,130 +148,188 @@ def train(recipe: recipes.Recipe, workdir, command: str = "",
     check_same_data(workdir, saved_facts, facts)
   else:
     state = jax.jit(init, out_shardings=shardings,
-                    compiler_options=sharding.compiler_options(mesh))()
+                    compiler_options=sharding.compiler_options(recipe.mesh))()
     state = transfer.put(state, taken, recipe.method) if taken else state
+  return Start(state, step, facts, init, abstract, shardings, kept, compiling, taken)
 
-  # --- What runs on the mesh, and what tells of it ------------------------------------------------
-  evaluate = evaluation.make_evaluate(
-    recipe, workdir, weights_of(recipe, init, shardings, lambda: state))
-  batches = recipe.data.train(start, recipe.total, sharding.local_rows(batch_size, mesh))
-  report = Reporter(workdir, start=start, total=recipe.total, batch_size=batch_size,
-                    writes=jax.process_index() == 0, wandb=config.wandb,
-                    config=facts["config"])
-  shown = describe(recipe, abstract, start, workdir)
-  report.facts(shown)
-  if taken:
-    runs = filter(None, (config.init.get(name) for name in ("run", "text_run")))
-    report.table(f"from {' and '.join(runs)}", ("parameters", "", "became"),
-                 transfer.summary(taken.rows))
-  if report.writes:
-    reports.update(workdir, "start", step=start, command=command, changed=list(changed),
-                   facts=shown | {"code": facts["code"]})
-  spent = dict.fromkeys(("start", "compilation", "input wait", "evaluation", "checkpoints"), 0.0)
-  unchecked, warned, last_finite = [], [], "none"
 
-  def timed(name, function, *args):
+class Training:
+  """A run under way: what its steps, evaluations, log and checkpoints share."""
+
+  def __init__(self, recipe: recipes.Recipe, workdir: Path, command: str, changed: Sequence[str]):
+    self.began, self.recipe, self.workdir = time.monotonic(), recipe, workdir
+    config, batch_size = recipe.config, recipe.config.data.batch_size
+    start = start_of(recipe, workdir)
+    self.state, self.step, self.kept = start.state, start.step, start.kept
+    self.compiling, self.waiting = start.compiling, None
+    weights = evaluation.weights_of(recipe, start.init, start.shardings, lambda: self.state)
+    self.evaluate = evaluation.make_evaluate(recipe, workdir, weights)
+    self.batches = recipe.data.train(start.step, recipe.total,
+                                     sharding.local_rows(batch_size, recipe.mesh))
+    self.report = Reporter(workdir, start=start.step, total=recipe.total, batch_size=batch_size,
+                           writes=jax.process_index() == 0, wandb=config.wandb,
+                           config=start.facts["config"])
+    self.spent = dict.fromkeys(
+      ("start", "compilation", "input wait", "evaluation", "checkpoints"), 0.0)
+    self.unchecked, self.warned, self.last_finite = [], False, "none"
+    self.tell(start, command, changed)
+    self.spent["start"] = time.monotonic() - self.began
+
+  def tell(self, start: Start, command: str, changed: Sequence[str]):
+    """Shows what is trained, and notes it for the report."""
+    shown = describe(self.recipe, start.abstract, start.step, self.workdir)
+    self.report.facts(shown)
+    if start.taken:
+      from trainer import transfer
+      runs = filter(None, (self.recipe.config.init.get(name) for name in ("run", "text_run")))
+      self.report.table(f"from {' and '.join(runs)}", ("parameters", "", "became"),
+                        transfer.summary(start.taken.rows))
+    if self.report.writes:
+      from trainer import report
+      report.update(self.workdir, "start", step=start.step, command=command, changed=list(changed),
+                    facts=shown | {"code": start.facts["code"]})
+
+  def timed(self, name: str, function: Callable, *args):
     before = time.monotonic()
     result = function(*args)
-    spent[name] += time.monotonic() - before
+    self.spent[name] += time.monotonic() - before
     return result
 
-  def next_batch():
+  def next_batch(self):
     try:
-      return sharding.to_device(next(batches), batch_size, mesh)
+      return sharding.to_device(next(self.batches), self.recipe.config.data.batch_size,
+                                self.recipe.mesh)
     except (ValueError, OSError) as error:  # a record that cannot be read, named in the message
       raise TrainingError(str(error)) from error
 
-  def fetch(step):
+  def fetch(self, step: int) -> dict[str, float]:
     """The metrics of a step, once all up to it are known to be finite."""
-    nonlocal last_finite
-    while unchecked and unchecked[0][0] <= step:
-      at, metrics = unchecked.pop(0)
+    while self.unchecked and self.unchecked[0][0] <= step:
+      at, metrics = self.unchecked.pop(0)
       metrics = {name: float(x) for name, x in sorted(jax.device_get(metrics).items(),
                                                       key=lambda item: item[0] != "loss")}
       text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
       if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-        kept.finish()
+        self.kept.finish()
         raise TrainingError(
-          f"not finite at step {at}: {text}\n  last finite metrics: {last_finite}\n  last good "
-          f"checkpoint: {(kept.steps() or ['none'])[-1]} in {kept.directory}")
-      last_finite = f"step {at}, {text}"
+          f"not finite at step {at}: {text}\n  last finite metrics: {self.last_finite}\n  last "
+          f"good checkpoint: {(self.kept.steps() or ['none'])[-1]} in {self.kept.directory}")
+      self.last_finite = f"step {at}, {text}"
     return {f"train/{name}": value for name, value in metrics.items()}
 
-  def log_step(step):
-    metrics = fetch(step)
-    report.train(step, {**metrics, "train/lr": float(recipe.rate(step - 1))})
-    text = recipe.method.warn({name.removeprefix("train/"): x for name, x in metrics.items()})
-    if text and not warned:
-      warned.append(text)
+  def log(self, step: int):
+    metrics, rate = self.fetch(step), self.recipe.rate
+    rates = {"": rate, **{f"_{name}": own for name, own in rate.groups.items()}}
+    self.report.train(step, metrics | {f"train/lr{name}": float(rate(step - 1))
+                                       for name, rate in rates.items()})
+    text = self.recipe.method.warn({name.removeprefix("train/"): x for name, x in metrics.items()})
+    if text and not self.warned:
+      self.warned = True
       log.warning("step %s: %s", step, text)
 
-  def evaluation_due(step):
-    return step == recipe.total or (
-      bool(recipe.eval_every) and step > 0 and step % recipe.eval_every == 0)
+  def evaluation_due(self, step: int) -> bool:
+    every = self.recipe.eval_every
+    return step == self.recipe.total or (bool(every) and step > 0 and step % every == 0)
 
-  def evaluate_if_due(step):
+  def evaluate_if_due(self, step: int):
     # A continued run may have it.
-    if evaluation_due(step) and not sharding.agreed(step in report.evaluations):
+    if self.evaluation_due(step) and not sharding.agreed(step in self.report.evaluations):
       try:
-        metrics = timed("evaluation", evaluate, step, step == recipe.total)
+        metrics = self.timed("evaluation", self.evaluate, step, step == self.recipe.total)
       except (ValueError, FileNotFoundError) as error:  # an evaluator that this run cannot have
         raise TrainingError(f"evaluation at step {step}: {error}") from error
-      report.evaluation(step, metrics)
-      report.restart_clock(step)
+      self.report.evaluation(step, metrics)
+      self.report.restart_clock(step)
 
-  spent["start"] = time.monotonic() - began
-  requested, restore_handlers = listen()
-  step = start
-  try:
-    evaluate_if_due(start)
-    to_log = None
-    for step in range(start + 1, recipe.total + 1):
-      batch = timed("input wait", next_batch)
-      step_fn = timed("compilation", compiling.result)  # waited for at the first step alone
-      with jax.transfer_guard("disallow"):
-        state, metrics = step_fn(state, batch)
-      if step == start + 1:
-        jax.block_until_ready(metrics)
-        report.restart_clock(step)
-      unchecked.append((step, metrics))
-      if to_log:  # fetched only now that the next step is running: the device never waits for it
-        log_step(to_log)
-      last, stop = step == recipe.total, requested(step)
-      to_log = step if step % recipe.log_every == 0 or last else None
-      saves = kept.due(step) or last or stop
-      if to_log and (saves or evaluation_due(step)):  # the device stops for these anyhow
-        log_step(to_log)
-        to_log = None
+  def take_step(self, step: int, first: bool):
+    """One step of the device, and the log of the one before it while it runs."""
+    batch = self.timed("input wait", self.next_batch)
+    step_fn = self.timed("compilation", self.compiling.result)  # waited for at the first step alone
+    with jax.transfer_guard("disallow"):
+      self.state, metrics = step_fn(self.state, batch)
+    if first:
+      jax.block_until_ready(metrics)
+      self.report.restart_clock(step)
+    self.unchecked.append((step, metrics))
+    if self.waiting:  # fetched only now that the next step is running: the device never waits
+      self.log(self.waiting)
+
+  def save(self, step: int):
+    if self.unchecked:
+      self.fetch(step)  # what is saved is finite
+    self.timed("checkpoints", self.kept.save, self.state, step)
+    self.report.restart_clock(step)
+
+  def run(self, requested: Callable):
+    """All steps that are left, with what is due between them. `requested` is of `listen`."""
+    start, total = self.step, self.recipe.total
+    self.evaluate_if_due(start)
+    for step in range(start + 1, total + 1):
+      self.step = step
+      self.take_step(step, first=step == start + 1)
+      last, stop = step == total, requested(step)
+      self.waiting = step if step % self.recipe.log_every == 0 or last else None
+      saves = self.kept.due(step) or last or stop
+      if self.waiting and (saves or self.evaluation_due(step)):  # the device stops for these anyhow
+        self.log(step)
+        self.waiting = None
       if saves:
-        if unchecked:
-          fetch(step)  # what is saved is finite
-        timed("checkpoints", kept.save, state, step)
-        report.restart_clock(step)
+        self.save(step)
       if stop and not last:
-        kept.finish()
-        raise Preempted(f"stopped by {stop} after step {step:,} of {recipe.total:,}; it is saved "
-                        f"in {kept.directory}")
-      evaluate_if_due(step)
-    timed("checkpoints", kept.finish)
+        self.kept.finish()
+        raise Preempted(f"stopped by {stop} after step {step:,} of {total:,}; it is saved "
+                        f"in {self.kept.directory}")
+      self.evaluate_if_due(step)
+    self.timed("checkpoints", self.kept.finish)
+
+  def close(self) -> str:
+    """Closes what is open, however the run ended. Returns where its report is."""
+    self.batches.close()
+    self.kept.close()
+    self.report.close()
+    self.wall = time.monotonic() - self.began
+    self.spent["steps and logging"] = self.wall - sum(self.spent.values())
+    if not self.report.writes:
+      return "none"
+    from trainer import report
+    page = report.update(self.workdir, "stop", step=self.step, spent=self.spent,
+                         reason=str(sys.exc_info()[1] or ""))
+    return str(page or "none")
+
+  def conclude(self, page: str) -> dict[str, float]:
+    """Shows what a person wants to know at the end. Returns the final evaluation's metrics."""
+    final = self.report.evaluations.get(self.recipe.total, {})
+    print_evaluations(final, self.report.console)
+    figures = sorted((self.workdir / "figures").glob("*.png"))
+    self.report.facts({
+      "wall time": duration(self.wall) + ": " + ", ".join(
+        f"{name} {seconds:.1f} s ({100 * seconds / self.wall:.1f}%)"
+        for name, seconds in self.spent.items()),
+      "figures": ", ".join(map(str, figures)) or "none",
+      "report": page,
+      "evaluate": f"python evaluate.py --workdir={self.workdir}",
+      "continue": f"the same command again, with --workdir={self.workdir}"})
+    return final
+
+
+def train(recipe: recipes.Recipe, workdir, command: str = "",
+          changed: Sequence[str] = ()) -> dict[str, float]:
+  """Trains to the end, continuing the run in `workdir` if there is one.
+
+  `command` and `changed`, the differences from the recipe's defaults, are for the run's report.
+
+  Returns the final evaluation's metrics.
+
+  Raises:
+    TrainingError: the workdir holds another run, a record cannot be read, the loss is not finite.
+    CheckpointError: a checkpoint could not be written, or all there are damaged.
+    Preempted: SIGTERM or SIGINT; the state is saved.
+  """
+  run = Training(recipe, Path(workdir), command, changed)
+  requested, restore_handlers = listen()
+  try:
+    run.run(requested)
   finally:
     restore_handlers()
-    batches.close()
-    kept.close()
-    report.close()
-    wall = time.monotonic() - began
-    spent["steps and logging"] = wall - sum(spent.values())
-    page = report.writes and reports.update(workdir, "stop", step=step, spent=spent,
-                                            reason=str(sys.exc_info()[1] or ""))
-
-  # --- What a person wants to know at the end -----------------------------------------------------
-  final = report.evaluations.get(recipe.total, {})
-  print_evaluations(final, report.console)
-  report.facts({
-    "wall time": duration(wall) + ": " + ", ".join(
-      f"{name} {seconds:.1f} s ({100 * seconds / wall:.1f}%)" for name, seconds in spent.items()),
-    "figures": ", ".join(map(str, sorted((workdir / "figures").glob("*.png")))) or "none",
-    "report": str(page or "none"),
-    "evaluate": f"python evaluate.py --workdir={workdir}",
-    "continue": f"the same command again, with --workdir={workdir}"})
-  return final
+    page = run.close()
+  return run.conclude(page)

@@ -1,24 +1,30 @@
-"""Optimizers: optax's, put together as the field's recipes ask."""
+"""Which parameters are trained, how fast and by which of the optimizers."""
 
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from optax import contrib
+
+from trainer import fields
+from trainer import schedule as schedules
+from trainer.optimizers import OPTIMIZERS, per_layer
+from trainer.parts import (
+  Whole,
+  check_parts,
+  check_pattern,
+  listed,
+  names,
+  of_phases,
+  path_name,
+)
 
 # What stands before the first block: embeddings, tokens, positions.
 BEFORE_BLOCKS = (r"(^|/)(embed|embed_norm|convolutions|position|segment|cls|cls_position|registers"
                  r"|input_norm)(/|$)")
-
-
-def path_name(path) -> str:
-  """("encoder", "blocks", "mlp") as "encoder/blocks/mlp"."""
-  return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-                  for key in path)
 
 
 def decay_mask(pattern: str) -> Callable:
@@ -30,21 +36,80 @@ def decay_mask(pattern: str) -> Callable:
     lambda path, _: re.search(pattern, re.sub(r"/\d+$", "", path_name(path))) is not None, params)
 
 
+# --- Whose a parameter is -------------------------------------------------------------------------
+
+TRAINED, FROZEN = "trained", "frozen"  # labels of what is in no group, and of what stays
+
+
+class Rule(NamedTuple):
+  """A pattern of the config: it has the parameters that match, but for those of a rule before."""
+
+  field: str
+  pattern: str
+  label: str  # FROZEN, or group_NAME
+
+
+def rules(section: Mapping) -> list[Rule]:
+  """Those of `config.optimizer`: `frozen`, then the groups by name."""
+  groups = section.get("groups") or {}
+  found = [Rule("optimizer.frozen", section["frozen"], FROZEN)] if section.get("frozen") else []
+  return found + [Rule(f"optimizer.groups.{name}.path", groups[name]["path"],
+                       FROZEN if groups[name].get("frozen") else f"group_{name}")
+                  for name in sorted(groups)]
+
+
+def owner(found: list[Rule], path: str) -> Rule | None:
+  return next((rule for rule in found if re.search(rule.pattern, path)), None)
+
+
+def is_frozen(found: list[Rule], path: str) -> bool:
+  rule = owner(found, path)
+  return rule is not None and rule.label == FROZEN
+
+
+def labels(found: list[Rule], params):
+  """A tree like params of TRAINED, FROZEN and group_NAME."""
+  def leaf(path, _):
+    rule = owner(found, path_name(path))
+    return rule.label if rule else TRAINED
+  return jax.tree.map_with_path(leaf, params)
+
+
+def check_rules(found: list[Rule], params):
+  """Raises ValueError where a rule is left without parameters, or nothing is trained."""
+  paths = names(params)
+  owners = {path: owner(found, path) for path in paths}
+  for rule in found:
+    said, matched = f"{rule.field} = {rule.pattern!r}", [
+      path for path in paths if re.search(rule.pattern, path)]
+    if rule.label == FROZEN and len(matched) in (0, len(paths)):
+      raise ValueError(f"{said}: must match some parameters and not all; {listed(paths)}")
+    if not matched:
+      raise ValueError(f"{said}: matches no parameter; {listed(paths)}")
+    if rule not in owners.values():
+      first = owners[matched[0]]
+      raise ValueError(f"{said}: all that it matches is taken by {first.field} = "
+                       f"{first.pattern!r}; {listed(matched)}")
+  if found and all(is_frozen(found, path) for path in paths):
+    raise ValueError(f"{' and '.join(rule.field for rule in found)} leave nothing to train")
+
+
 def stop_frozen(section: Mapping) -> Callable:
   """params -> params with no gradient where `config.optimizer`, the section, trains nothing."""
-  pattern, tuned = section.get("frozen"), section.get("tuned_blocks")
+  found, tuned = rules(section), section.get("tuned_blocks")
 
   def stop(params):
     scales = by_depth(params, 1.0, tuned)
 
-    def leaf(path, x, scale):
-      if pattern and re.search(pattern, path_name(path)):
+    def leaf(x, label, scale):
+      if label == FROZEN:
         return jax.lax.stop_gradient(x)
       fixed = int((np.asarray(scale) == 0).sum())                            # of stacked blocks
       return x if not fixed else jax.lax.stop_gradient(x) if np.ndim(scale) == 0 else (
         jax.numpy.concatenate([jax.lax.stop_gradient(x[:fixed]), x[fixed:]]))
-    return jax.tree.map_with_path(leaf, params, scales)
-  return (lambda params: params) if pattern is None and tuned is None else stop
+    return jax.tree.map(leaf, params, labels(found, params), scales)
+  return stop if FROZEN in {rule.label for rule in found} or tuned is not None else (
+    lambda params: params)
 
 
 def by_depth(params, decay: float, tuned: int | None):
@@ -91,231 +156,152 @@ def scale_by_depth(decay: float, tuned: int | None) -> optax.GradientTransformat
   return optax.GradientTransformation(init, update)
 
 
-def leave_frozen(pattern: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`tx` on all parameters but those whose path matches: they stay, and have no optimizer state."""
-  def labels(params):
-    tree = jax.tree.map_with_path(
-      lambda path, _: "frozen" if re.search(pattern, path_name(path)) else "trained", params)
-    if set(jax.tree.leaves(tree)) != {"frozen", "trained"}:
-      paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-      raise ValueError(f"optimizer.frozen = {pattern!r}: must match some parameters and not all; "
-                       f"they are {', '.join(paths)}")
-    return tree
+# --- Groups ---------------------------------------------------------------------------------------
 
-  return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+class Rates(NamedTuple):
+  """Called with a step it gives the learning rate."""
+
+  main: Callable  # step -> rate, of what is in no group
+  groups: Mapping[str, Callable]  # {group: step -> rate} of those that have one of their own
+
+  def __call__(self, step):
+    return self.main(step)
 
 
-def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Shows `tx` each layer of a stacked parameter as one of its own.
-
-  For optimizers whose update depends on a whole tensor's norm or shape.
-  """
-  def split(tree):
-    def leaf(path, x):
-      return [x[i] for i in range(x.shape[0])] if "blocks" in path_name(path).split("/") else x
-    return jax.tree.map_with_path(leaf, tree)
-
-  def join(tree):
-    return jax.tree.map(lambda x: jax.numpy.stack(x) if isinstance(x, list) else x, tree,
-                        is_leaf=lambda x: isinstance(x, list))
-
-  def update(updates, state, params=None):
-    updates, state = tx.update(split(updates), state, split(params))
-    return join(updates), state
-
-  return optax.GradientTransformation(lambda params: tx.init(split(params)), update)
+OPTIONS = tuple(function for function, _ in OPTIMIZERS.values())
 
 
-def _lars(learning_rate, weight_decay, mask, *, momentum: float = 0.9,
-          trust_coefficient: float = 0.001):
-  """LARS (1708.03888) with the rate after the momentum, as PyTorch's SGD has it.
+def group(*, path: str, lr: float | None = None, base_lr: float | None = None,
+          weight_decay: float | None = None, decay: str | None = None,
+          schedule: Mapping | None = None, frozen: bool = False,
+          name: Literal[*OPTIMIZERS] | None = None, **options: OPTIONS) -> dict:
+  """What a section of `optimizer.groups` says of the parameters whose path matches.
 
   Args:
-    momentum: of the scaled gradients.
-    trust_coefficient: factor on the ratio of norms.
+    path: regular expression; of several groups that match the first by name has a parameter.
+    lr, base_lr: the peak rate, or that for 256 examples; None = the optimizer section's.
+    weight_decay: None = the optimizer section's.
+    decay: regular expression on the paths that decay; None = the optimizer section's.
+    schedule: a section as config.schedule is, in the place of all of it; None = config.schedule.
+    frozen: whether the parameters are not trained; all else is of no effect then.
+    name: a key of OPTIMIZERS; None = the optimizer section's, with its options.
+    **options: keywords of the optimizer's row (b1, b2, eps, momentum, ...).
   """
-  return optax.chain(optax.add_decayed_weights(weight_decay, mask),
-                     optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient),
-                                  mask),
-                     optax.trace(momentum), optax.scale_by_learning_rate(learning_rate))
+  said = dict(lr=lr, base_lr=base_lr, weight_decay=weight_decay, decay=decay, schedule=schedule,
+              name=name)
+  return {"path": path, "frozen": frozen, "own": options | {
+    field: value for field, value in said.items() if value is not None}}
 
 
-def _sgd(learning_rate, weight_decay, mask, *, momentum: float = 0.9, nesterov: bool = False):
-  """Stochastic gradient descent.
-
-  Args:
-    momentum: of the gradients.
-    nesterov: whether it looks ahead.
-  """
-  return optax.chain(optax.add_decayed_weights(weight_decay, mask),
-                     optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov))
-
-
-def _muon(learning_rate, weight_decay, mask, *, beta: float = 0.95, ns_steps: int = 5,
-          consistent_rms: float | None = 0.2, b1: float = 0.9, b2: float = 0.95):
-  """Muon on the matrices of the blocks (query, key and value apart), AdamW on all else.
-
-  Args:
-    beta: momentum.
-    ns_steps: Newton-Schulz iterations.
-    consistent_rms: 0.2 gives updates AdamW's scale, so that one rate serves both (2502.16982).
-    b1, b2: AdamW's.
-  """
-  axes = {"qkv_kernel": contrib.MuonDimensionNumbers(1, (3, 4)),             # layer d 3 k h
-          "out/kernel": contrib.MuonDimensionNumbers((1, 2), 3),             # layer k h d
-          "up/kernel": contrib.MuonDimensionNumbers(1, 2),                   # layer d hidden
-          "down/kernel": contrib.MuonDimensionNumbers(1, 2)}
-
-  def matrix_axes(path, _):
-    name = path_name(path)
-    return next((spec for end, spec in axes.items()
-                 if "blocks" in name.split("/") and name.endswith(end)), None)
-
-  def labels(params):
-    return jax.tree.map_with_path(
-      lambda *leaf: "adamw" if matrix_axes(*leaf) is None else "muon", params)
-
-  return optax.partition({
-    "muon": contrib.muon(
-      learning_rate, beta=beta, ns_steps=ns_steps, weight_decay=weight_decay,
-      consistent_rms=consistent_rms,
-      muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(matrix_axes, params)),
-    "adamw": _adamw(learning_rate, weight_decay, mask, b1=b1, b2=b2)}, labels)
+def check_groups(groups: Mapping) -> dict:
+  """{name: what `group` makes of its section}. Raises ValueError in the config's words."""
+  for name, section in groups.items():
+    if not name.isidentifier():
+      raise ValueError(f"config.optimizer.groups.{name}: expected a name of letters, digits and _")
+    fields.check(section, Mapping, f"config.optimizer.groups.{name}")
+  return {name: fields.call(group, section, f"optimizer.groups.{name}")
+          for name, section in sorted(groups.items())}
 
 
-def _scale_by_raw_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-  """m / (sqrt(v) + eps) of moments that are not debiased (1810.04805's code)."""
-  def init(params):
-    return optax.ScaleByAdamState(jax.numpy.zeros((), jax.numpy.int32),
-                                  optax.tree.zeros_like(params), optax.tree.zeros_like(params))
-
-  def update(updates, state, params=None):
-    m = optax.tree.update_moment(updates, state.mu, b1, 1)
-    v = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-    return (jax.tree.map(lambda m, v: m / (jax.numpy.sqrt(v) + eps), m, v),
-            optax.ScaleByAdamState(state.count + 1, m, v))
-
-  return optax.GradientTransformation(init, update)
+def inherited(main: Mapping, own: Mapping, field: str, total_steps: int | None) -> dict:
+  """The settings of a group: its own, and what `main` has in the place of those not said."""
+  rest = main | ({"lr": None, "base_lr": None} if {"lr", "base_lr"} & own.keys() else {})
+  if own.get("name", main["name"]) != main["name"]:  # options are of the optimizer that is named
+    rest = {name: x for name, x in rest.items() if name in inspect.signature(group).parameters}
+  if "schedule" in own:
+    own = own | {"schedule": fields.call(schedules.make, own["schedule"], f"{field}.schedule",
+                                         total_steps=total_steps)}
+  return {**rest, **own}
 
 
-def _adamw(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.999,
-           eps: float = 1e-8, debias: bool = True):
-  """AdamW (1711.05101).
+def settled(field: str, batch_size: int, *, schedule: Callable, name: str, lr: float | None,
+            base_lr: float | None, weight_decay: float, decay: str, **options):
+  """(times a step -> optax transformation, step -> rate) of one section, named by `field`."""
+  if (lr is None) == (base_lr is None):
+    raise ValueError(f"{field}: give lr or base_lr, not both (lr = {lr}, base_lr = {base_lr})")
+  row, layerwise = OPTIMIZERS[name]
+  unknown = set(options) - set(inspect.signature(row).parameters)
+  if unknown:
+    allowed = list(inspect.signature(row).parameters)[3:]
+    raise ValueError(f"{field}.{min(unknown)}: {name} takes {', '.join(allowed)}; "
+                     f"--config.{field}.{min(unknown)}=none leaves it out")
+  check_pattern(decay, f"{field}.decay")
+  peak = lr if lr is not None else base_lr * batch_size / 256
 
-  Args:
-    b1, b2: decay of the first and the second moment.
-    eps: added to the root of the second.
-    debias: whether both are divided by what their start at 0 costs; 1810.04805's code does not.
-  """
-  if debias:
-    return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
-  return optax.chain(_scale_by_raw_adam(b1, b2, eps),
-                     optax.add_decayed_weights(weight_decay, mask),
-                     optax.scale_by_learning_rate(learning_rate))
+  def rate(step):
+    return peak * schedule(step)
 
-
-def _lamb(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.999,
-          eps: float = 1e-6, always_adapt: bool = False):
-  """LAMB (1904.00962 algorithm 2) as Apex's FusedLAMB and timm have it.
-
-  The trust ratio is of the tensors that decay: without it a bias, a norm or layer scale moves as
-  under Adam, where with it one that starts near zero could grow by a factor of 1 + rate a step
-  only.
-
-  Args:
-    b1, b2: decay of the first and the second moment.
-    eps: added to the root of the second.
-    always_adapt: gives the ratio to all.
-  """
-  adapted = (lambda params: jax.tree.map(lambda _: True, params)) if always_adapt else (
-    mask if weight_decay else (lambda params: jax.tree.map(lambda _: False, params)))
-  return optax.chain(optax.scale_by_adam(b1, b2, eps),
-                     optax.add_decayed_weights(weight_decay, mask),
-                     optax.masked(optax.scale_by_trust_ratio(), adapted),
-                     optax.scale_by_learning_rate(learning_rate))
+  def build(times):
+    tx = row(lambda count: rate(count if times == 1 else count // times), weight_decay,
+             decay_mask(decay), **options)
+    return per_layer(tx) if layerwise else tx
+  return build, rate
 
 
-def _lion(learning_rate, weight_decay, mask, *, b1: float = 0.9, b2: float = 0.99):
-  """Lion (2302.06675).
-
-  Args:
-    b1: share of the moment in the update.
-    b2: decay of the moment.
-  """
-  return optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)
-
-
-def _adafactor(learning_rate, weight_decay, mask, *, decay_rate: float = 0.8,
-               momentum: float = 0.9, clipping_threshold: float | None = None,
-               beta2_cap: float = 0.999, min_dim_size_to_factor: int = 32):
-  """Adafactor as 2106.04560 sec. 3.4 and its authors' code have it.
-
-  No scale by the parameter's own and no clipping of the update; a first moment, not debiased.
-
-  Args:
-    decay_rate: the second moment's beta2 at step t is 1 - t^-decay_rate.
-    momentum: of the first moment; 0 = none.
-    clipping_threshold: root mean square that an update is clipped to; None = not clipped.
-    beta2_cap: beta2 is this at most.
-    min_dim_size_to_factor: the second moment is factored where two sides are at least this.
-  """
-  return optax.chain(
-    optax.scale_by_factored_rms(
-      min_dim_size_to_factor=min_dim_size_to_factor, decay_rate=decay_rate,
-      decay_rate_fn=lambda step, rate: jax.numpy.minimum(
-        beta2_cap, 1 - (step + 1).astype(jax.numpy.float32) ** -rate)),
-    optax.clip_by_block_rms(clipping_threshold) if clipping_threshold else optax.identity(),
-    optax.ema(momentum, debias=False) if momentum else optax.identity(),
-    optax.add_decayed_weights(weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate))
+def joined(found: list[Rule], txs: Mapping, clip_norm: float | None, layer_decay: float,
+           tuned_blocks: int | None) -> optax.GradientTransformation:
+  """One transformation of those by label. What is frozen stays, and has no optimizer state."""
+  tx = txs[TRAINED] if len(txs) == 1 else optax.partition(txs, lambda p: labels(found, p))
+  tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx
+  if layer_decay != 1 or tuned_blocks is not None:
+    tx = optax.chain(tx, scale_by_depth(layer_decay, tuned_blocks))
+  if FROZEN not in {rule.label for rule in found}:
+    return tx
+  return optax.partition({TRAINED: tx, FROZEN: optax.set_to_zero()}, lambda params: jax.tree.map(
+    lambda label: FROZEN if label == FROZEN else TRAINED, labels(found, params)))
 
 
-# name -> ((learning_rate, weight_decay, mask, **options) -> optax transformation, per layer?)
-OPTIMIZERS: Mapping[str, tuple[Callable, bool]] = {
-  "adamw": (_adamw, False), "sgd": (_sgd, False), "lars": (_lars, True), "lamb": (_lamb, True),
-  "adafactor": (_adafactor, True), "lion": (_lion, False), "muon": (_muon, False)}
-
-
-def make(*, schedule: Callable, batch_size: int, name: Literal[*OPTIMIZERS] = "adamw",
+def make(*, schedule: Callable, batch_size: int, total_steps: int | None = None,
+         phases: Mapping | None = None, name: Literal[*OPTIMIZERS] = "adamw",
          lr: float | None = None, base_lr: float | None = None, weight_decay: float = 0.0,
-         decay: str = r"kernel$", frozen: str | None = None, tuned_blocks: int | None = None,
-         layer_decay: float = 1.0, clip_norm: float | None = None,
-         **options: tuple(function for function, _ in OPTIMIZERS.values())):
-  """Returns (optax transformation, step -> learning rate).
+         decay: str = r"kernel$", frozen: str | None = None,
+         groups: Mapping[str, Mapping] | None = None, tuned_blocks: int | None = None,
+         layer_decay: float = 1.0, clip_norm: float | None = None, **options: OPTIONS):
+  """Returns (optax transformation, `Rates`).
 
   Args:
     schedule: step -> multiplier of the peak rate.
     batch_size: examples a step.
+    total_steps: of the run, for the schedules of groups.
+    phases: of the method, {name: `part`, `times`}; None = it has one loss.
     name: a key of OPTIMIZERS.
     lr, base_lr: the peak rate, or the peak rate for 256 examples (1706.02677): give one.
     weight_decay: decoupled and times the rate (in the gradient for sgd and lars).
     decay: regular expression; parameters whose path matches decay. The default leaves out biases,
       norms, positions and tokens.
     frozen: regular expression; parameters whose path matches are not trained.
+    groups: {NAME: section}; paths with a rate, decay, schedule or optimizer of their own, or none.
     tuned_blocks: how many of the last blocks are trained, with what follows them; None = all.
     layer_decay: factor in (0, 1] on the rate for each layer further from the output.
     clip_norm: global norm that gradients are clipped to; None = not clipped.
     **options: keywords of the optimizer's row above (b1, b2, eps, momentum, ...).
   """
-  if (lr is None) == (base_lr is None):
-    raise ValueError(f"optimizer: give lr or base_lr, not both (lr = {lr}, base_lr = {base_lr})")
-  build, layerwise = OPTIMIZERS[name]
-  unknown = set(options) - set(inspect.signature(build).parameters)
-  if unknown:
-    allowed = list(inspect.signature(build).parameters)[3:]
-    raise ValueError(f"optimizer.{min(unknown)}: {name} takes {', '.join(allowed)}; "
-                     f"--config.optimizer.{min(unknown)}=none leaves it out")
-  peak = lr if lr is not None else base_lr * batch_size / 256
-
-  def rate(step):
-    return peak * schedule(step)
-
-  tx = build(rate, weight_decay, decay_mask(decay), **options)
-  tx = per_layer(tx) if layerwise else tx
   if not 0 < layer_decay <= 1 or (tuned_blocks or 0) < 0:
     raise ValueError(f"optimizer.layer_decay = {layer_decay}: expected a number in (0, 1]; "
                      f"optimizer.tuned_blocks = {tuned_blocks}: at least 0")
-  tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx
-  if layer_decay != 1 or tuned_blocks is not None:
-    tx = optax.chain(tx, scale_by_depth(layer_decay, tuned_blocks))
-  return (leave_frozen(frozen, tx) if frozen else tx), rate
+  groups = check_groups(groups or {})
+  found = rules(dict(frozen=frozen, groups=groups))
+  for rule in found:
+    check_pattern(rule.pattern, rule.field)
+  main = dict(schedule=schedule, name=name, lr=lr, base_lr=base_lr, weight_decay=weight_decay,
+              decay=decay, **options)
+  makers = {TRAINED: settled("optimizer", batch_size, **main)}
+  for name, section in groups.items():
+    field = f"optimizer.groups.{name}"
+    if not section["frozen"]:
+      makers[f"group_{name}"] = settled(field, batch_size, **inherited(
+        main, section["own"], field, total_steps))
+
+  def check(params):
+    check_rules(found, params)
+    if phases:
+      check_parts(phases, params, lambda path: is_frozen(found, path))
+
+  def build(times):
+    return joined(found, {label: maker(times) for label, (maker, _) in makers.items()},
+                  clip_norm, layer_decay, tuned_blocks)
+
+  own_rates = {name: makers[f"group_{name}"][1] for name, section in groups.items()
+               if not section["frozen"] and {"lr", "base_lr", "schedule"} & section["own"].keys()}
+  return (of_phases(phases or {"": Whole()}, build, check),
+          Rates(makers[TRAINED][1], own_rates))

@@ -164,14 +164,26 @@ def total_steps(config: ConfigDict, train_size: int) -> int:
   return total
 
 
-def make_optimizer(config: ConfigDict, train_size: int):
-  """(optax transformation, step -> learning rate) of a config that `fill_from_data` completed."""
-  batch_size = config.data.batch_size
-  section = in_steps(config.schedule, ("warmup", "cooldown", "hold", "delay"), batch_size,
-                     train_size)
-  multiplier = fields.call(schedule.make, section, "schedule", total_steps=config.total_steps)
-  return fields.call(optimizer.make, config.optimizer, "optimizer", batch_size=batch_size,
-              schedule=multiplier)
+def make_optimizer(config: ConfigDict, train_size: int, method=None):
+  """(optax transformation, `optimizer.Rates`) of a config that `fill_from_data` has completed.
+
+  Where a method is given each of its phases has an optimizer of its own.
+  """
+  batch_size, total = config.data.batch_size, config.total_steps
+  durations = ("warmup", "cooldown", "hold", "delay")
+  section = fields.plain(config.optimizer)
+  groups = section.get("groups")
+  for name, group in groups.items() if isinstance(groups, Mapping) else ():
+    if isinstance(group, Mapping) and isinstance(group.get("schedule"), Mapping):
+      try:
+        group["schedule"] = in_steps(group["schedule"], durations, batch_size, train_size)
+      except ValueError as error:
+        raise ValueError(f"config.optimizer.groups.{name}.schedule: {error}") from error
+  multiplier = fields.call(
+    schedule.make, in_steps(config.schedule, durations, batch_size, train_size), "schedule",
+    total_steps=total)
+  return fields.call(optimizer.make, section, "optimizer", batch_size=batch_size,
+              schedule=multiplier, total_steps=total, phases=method.turns if method else None)
 
 
 def check_scalars(config: ConfigDict):
@@ -201,7 +213,7 @@ class Recipe(NamedTuple):
   augment: Any  # input_pipeline.augment.Augment
   method: Any  # methods.method.Method
   tx: Any  # optax transformation
-  rate: Callable  # step -> learning rate
+  rate: Callable  # step -> learning rate; rate.groups: {group: the same}
   total: int  # steps
   log_every: int  # steps
   eval_every: int  # steps; 0: at the end only
@@ -232,7 +244,9 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
                      f"{config.ema_gamma}: expected a number in [0, 1), and one at least 0")
   if config.ema_decay and config.ema_gamma:
     raise ValueError("config.ema_decay and config.ema_gamma: give one of them")
-  tx, rate = make_optimizer(config, train_size)
+  tx, rate = make_optimizer(config, train_size, method)
+  for name, phase in method.phases.items():
+    sharding.check_batch(batch_size, config.accumulate, mesh, times=(phase.times, name))
   check_evals(config.evals)
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.

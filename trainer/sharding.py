@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from trainer.optimizer import path_name
+from trainer.parts import path_name
 
 # Tensor parallelism (1909.08053): heads of attention and hidden features of the MLP. A path that
 # ends with the pattern is split along that axis; optimizer state and EMA follow, having the paths.
@@ -90,13 +90,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "data.batch_size"):
-  """Raises ValueError where a batch does not divide over accumulation and devices."""
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, field: str = "data.batch_size",
+                times: tuple[int, str] = (1, "")):
+  """Raises ValueError where a batch does not divide over accumulation and devices.
+
+  `times` is how often a phase of the method is taken in a step, and its name.
+  """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % (ways * accumulate):
-    raise ValueError(f"{field} = {batch_size} is not a multiple of {ways * accumulate}: mesh.data "
+  if batch_size % (ways * accumulate * times[0]):
+    taken = f" x times ({times[0]}) of phase {times[1]}" if times[0] > 1 else ""
+    raise ValueError(f"{field} = {batch_size} is not a multiple of "
+                     f"{ways * accumulate * times[0]}: mesh.data "
                      f"({mesh.shape['data']}) x mesh.fsdp ({mesh.shape['fsdp']}) x accumulate "
-                     f"({accumulate})")
+                     f"({accumulate}){taken}")
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:

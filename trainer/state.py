@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.parts import part_of, with_part
+
 
 class TrainState(NamedTuple):
   """All that is carried from step to step, arrays only: this is the checkpoint."""
@@ -51,6 +53,66 @@ def make_init(method, tx, evaluate_batch: Callable, spec, seed: int, with_ema: b
   return init
 
 
+def phase_gradient(phase, stop: Callable, params, *rest):
+  """((loss, (extra, metrics)), gradients) of a phase: of its part of the parameters alone."""
+  def loss(part, *rest):
+    return phase.loss(with_part(params, stop(part)), *rest)
+
+  return jax.value_and_grad(loss, has_aux=True)(part_of(params, phase.part), *rest)
+
+
+def parts(batch, n: int):
+  """[n, ...] of a batch. Part j has rows j, j + n, ...: so each device keeps its own rows."""
+  return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def make_turn(name: str, phase, tx, accumulate: int, stop: Callable, mesh) -> Callable:
+  """((params, opt, extra), batch, rng, step) -> (the same three, metrics): one phase of a step."""
+  def gradients(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
+      return phase_gradient(phase, stop, *args)
+
+  def accumulated(params, extra, batch, rng, step):
+    def one(carry, part):
+      extra, grads = carry
+      index, part = part
+      (loss, (extra, metrics)), new = gradients(params, extra, part,
+                                                jax.random.fold_in(rng, index), step)
+      return (extra, jax.tree.map(jnp.add, grads, new)), (loss, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, part_of(params, phase.part))
+    (extra, grads), (loss, metrics) = jax.lax.scan(
+      one, (extra, zeros), (jnp.arange(accumulate), parts(batch, accumulate)))
+    mean = jax.tree.map(lambda x: x.mean(0), (loss, metrics))
+    return (mean[0], (extra, mean[1])), jax.tree.map(lambda g: g / accumulate, grads)
+
+  def once(carry, batch, rng, step):
+    params, opt, extra = carry
+    run = gradients if accumulate == 1 else accumulated
+    (loss, (extra, metrics)), grads = run(params, extra, batch, rng, step)
+    own = part_of(params, phase.part)
+    updates, opt = tx.update(grads, opt, own, phase=name)
+    params = with_part(params, optax.apply_updates(own, updates))
+    return (params, opt, extra), {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
+
+  def several(carry, batch, rng, step):
+    carry, metrics = jax.lax.scan(
+      lambda carry, part: once(carry, part[1], jax.random.fold_in(rng, part[0]), step), carry,
+      (jnp.arange(phase.times), parts(batch, phase.times)))
+    return carry, jax.tree.map(lambda x: x.mean(0), metrics)
+
+  return once if phase.times == 1 else several
+
+
+def of_all(metrics: dict[str, dict]) -> dict:
+  """The metrics of a step from those of its phases; of a method of one loss they are its own."""
+  if "" in metrics:
+    return metrics[""]
+  named = {f"{name}/{key}": x for name, own in metrics.items() for key, x in own.items()}
+  return {"loss": sum(own["loss"] for own in metrics.values()), **named,
+          "grad_norm": optax.tree.norm([own["grad_norm"] for own in metrics.values()])}
+
+
 def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int = 1,
               ema_decay: float = 0.0, ema_gamma: float = 0.0,
               stop: Callable = lambda params: params, mesh=None) -> Callable:
@@ -63,50 +125,31 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
 
   All randomness follows from (seed, step). With `accumulate` > 1 the gradient is averaged over so
   many parts of the batch, one after another: each example's augmentation and draws stay what they
-  are in the whole batch.
+  are in the whole batch. The average of the parameters is taken after all phases.
   """
   root = jax.random.fold_in(jax.random.key(seed), 1)
+  phases, tx = method.turns, optax.with_extra_args_support(tx)
+  turns = {name: make_turn(name, phase, tx, accumulate, stop, mesh)
+           for name, phase in phases.items()}
 
-  def gradients(params, extra, batch, rng, step):
-    """((loss, (extra, metrics)), gradients) of one part."""
-    def loss(params, *rest):
-      return method.loss(stop(params), *rest)
+  def key_of(loss_key, index):
+    return loss_key if len(phases) == 1 else jax.random.fold_in(loss_key, index)
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
-      return jax.value_and_grad(loss, has_aux=True)(params, extra, batch, rng, step)
-
-  def accumulated(params, extra, batch, rng, step):
-    # Part j takes rows j, j + accumulate, ...: so each device keeps its own rows.
-    parts = jax.tree.map(
-      lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def one(carry, part):
-      extra, grads = carry
-      index, part = part
-      (loss, (extra, metrics)), new = gradients(params, extra, part,
-                                                jax.random.fold_in(rng, index), step)
-      return (extra, jax.tree.map(jnp.add, grads, new)), (loss, metrics)
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (extra, grads), (loss, metrics) = jax.lax.scan(
-      one, (extra, zeros), (jnp.arange(accumulate), parts))
-    mean = jax.tree.map(lambda x: x.mean(0), (loss, metrics))
-    return (mean[0], (extra, mean[1])), jax.tree.map(lambda g: g / accumulate, grads)
-
-  def own_statistics(ema, ema_statistics, extra, batch, rng, step):
+  def own_statistics(ema, ema_statistics, extra, batch, loss_key, step):
     """Those of the averaged network after it has seen the batch, or a part, as in training."""
     extra = with_statistics(method, extra, ema_statistics)
-    part = jax.tree.map(lambda x: x[::accumulate], batch)
-    _, (extra, _) = method.loss(ema, extra, part, rng, step)
+    for index, phase in enumerate(phases.values()):
+      part = jax.tree.map(lambda x, n=accumulate * phase.times: x[::n], batch)
+      _, (extra, _) = phase.loss(ema, extra, part, key_of(loss_key, index), step)
     return statistics(method, extra)
 
   def step(state: TrainState, batch):
     augment_key, draw_key, loss_key = jax.random.split(jax.random.fold_in(root, state.step), 3)
     batch = method.draw(draw_key, augment_batch(augment_key, batch))
-    run = gradients if accumulate == 1 else accumulated
-    (loss, (extra, metrics)), grads = run(state.params, state.extra, batch, loss_key, state.step)
-    updates, opt = tx.update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
+    carry, metrics = (state.params, state.opt, state.extra), {}
+    for index, (name, turn) in enumerate(turns.items()):
+      carry, metrics[name] = turn(carry, batch, key_of(loss_key, index), state.step)
+    params, opt, extra = carry
     ema, ema_statistics = state.ema, state.ema_statistics
     if ema is not None:
       decay = (1 - 1 / (state.step + 1)) ** (ema_gamma + 1) if ema_gamma else ema_decay
@@ -115,45 +158,6 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
       ema_statistics = jax.lax.cond(
         (state.step < STATISTICS_AT_FIRST) | (state.step % STATISTICS_EVERY == 0), own_statistics,
         lambda *_: ema_statistics, ema, ema_statistics, extra, batch, loss_key, state.step)
-    metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, opt, extra, ema, ema_statistics), metrics
+    return TrainState(state.step + 1, params, opt, extra, ema, ema_statistics), of_all(metrics)
 
   return step
-
-
-def count_flops(function: Callable, *args) -> int:
-  """FLOPs of the matrix products and convolutions in a function, from its jaxpr.
-
-  Multiply-adds count two. A scanned body counts as often as it runs, which the compiler's own
-  figure gets wrong. A rematerialised part counts each time, of a choice by platform the default.
-  """
-  def visit(jaxpr, times):
-    total = 0
-    for eqn in jaxpr.eqns:
-      if eqn.primitive.name == "dot_general":
-        (contract, _), _ = eqn.params["dimension_numbers"]
-        total += 2 * eqn.outvars[0].aval.size * _product(eqn.invars[0].aval.shape, contract)
-      elif eqn.primitive.name == "conv_general_dilated":
-        kernel, spec = eqn.invars[1].aval, eqn.params["dimension_numbers"]
-        total += 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[spec.rhs_spec[0]]
-      elif eqn.primitive.name == "cond":
-        branches = [visit(branch.jaxpr, 1) for branch in eqn.params["branches"]]
-        total += branches[-1] if eqn.params.get("branches_platforms") else max(branches)
-        continue
-      inner = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-      for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-        if _is_jaxpr(value):
-          total += visit(getattr(value, "jaxpr", value), inner)
-    return total * times
-  return visit(jax.make_jaxpr(function)(*args).jaxpr, 1)
-
-
-def _is_jaxpr(value) -> bool:
-  return hasattr(value, "eqns") or hasattr(value, "jaxpr")
-
-
-def _product(shape, axes) -> int:
-  result = 1
-  for axis in axes:
-    result *= shape[axis]
-  return result
