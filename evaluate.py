@@ -43,7 +43,8 @@ def classify_images(run, pattern: str, classes: str, templates: list[str]) -> li
   return rows
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+  """(the flags, what --config.FIELD=VALUE says by field). Ends the command on a wrong one."""
   parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdir", help="a run directory made by train.py")
@@ -59,11 +60,15 @@ def main(argv: list[str] | None = None) -> int:
   environment.add_flags(parser)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, parser)
-
   if bool(args.images) != bool(args.classes):
     parser.error("--images and --zero_shot.classes go together")
   if bool(args.workdir) == bool(args.compare):
     parser.error("give --workdir=DIR, or --compare DIR DIR...")
+  return args, overrides
+
+
+def main(argv: list[str] | None = None) -> int:
+  args, overrides = parse(argv)
   if args.compare:
     try:
       print(f"report: {report.compare(args.compare, args.out)}")

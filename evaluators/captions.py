@@ -113,9 +113,7 @@ def draw(context, ready, ids, captions, references, most: int = 9):
   if attends:
     weights = context.predict("cross_attention", {"image": ready, "text": ids[:b]})
     weights = weights.mean(1)                                                # b l n
-    n = weights.shape[-1]
-    high = min((a for a in range(1, n + 1) if n % a == 0), key=lambda a: abs(a * a * w - n * h))
-    weights = weights.reshape(*weights.shape[:2], high, n // high)
+    weights = weights.reshape(*weights.shape[:2], *pictures.grid(weights.shape[-1], h, w))
   spelt = [spell(context.detokenize, row) for row in ids[:b]]
   columns = min(most, max(1, *(len(text) for text, _ in spelt))) if attends else 0
   figure = Figure((3.2 + 1.1 * (1 + columns), 1.3 * b + 0.5), layout="constrained")

@@ -1,7 +1,7 @@
-"""What evaluators share: what they ask of settings and data, in the config's words; accuracy."""
+"""What evaluators share: what they ask of settings and data, in the config's words; measures."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -11,6 +11,18 @@ def at_least(evaluator: str, **fields: tuple):
   for name, (value, least) in fields.items():
     if value is not None and value < least:
       raise ValueError(f"evals.{evaluator}.{name} = {value} must be at least {least}")
+
+
+def tuple_of(evaluator: str, field: str, values, what: str, fits: Callable, least: int = 1):
+  """Raises ValueError unless a field is a tuple of `what`, at least `least`, each of which fits."""
+  if not isinstance(values, (tuple, list)) or len(values) < least or not all(map(fits, values)):
+    raise ValueError(f"evals.{evaluator}.{field}={values} must be a tuple of {what}")
+
+
+def counts(evaluator: str, field: str, values):
+  """Raises ValueError unless a field is a tuple of whole numbers, at least 1, and not empty."""
+  tuple_of(evaluator, field, values, "whole numbers, at least 1",
+           lambda n: type(n) is int and n >= 1)
 
 
 def all_known(evaluator: str, field: str, names: Iterable[str], known: Collection[str]):
@@ -35,11 +47,14 @@ def num_classes(context, evaluator):
   return context.info.num_classes
 
 
-def topk(scores, labels):
-  """Top-1 accuracy, and top-5 where there are more than five classes.
+def unit(x):
+  """x / |x| over the last axis, in NumPy or JAX as x is; a zero vector stays one."""
+  xp = x.__array_namespace__()
+  return x / xp.maximum(xp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
-  Equal scores rank in class order, as under argmax. A label scored -inf or NaN is never a hit, so
-  neither a class without a vote nor a diverged network counts as right.
+
+def topk(scores, labels):
+  """Top-1 accuracy, and top-5 where there are more than five classes, as `topk_correct` counts.
 
   Args:
     scores: [B, classes] array, higher is more likely.
@@ -48,9 +63,6 @@ def topk(scores, labels):
   Returns:
     {"top1": float, "top5": float}, in [0, 1].
   """
-  own = np.take_along_axis(scores, labels[:, None], axis=1)  # b 1
-  earlier = np.arange(scores.shape[1]) < labels[:, None]  # b classes
-  rank = np.sum((scores > own) | (scores == own) & earlier, axis=1)  # b
-  scored = own[:, 0] > -np.inf  # b
+  from losses.classification import topk_correct  # here: most runs have no use for it
   ks = (1, 5) if scores.shape[1] > 5 else (1,)
-  return {f"top{k}": float(np.mean((rank < k) & scored)) for k in ks}
+  return {f"top{k}": float(np.mean(topk_correct(scores, labels, k))) for k in ks}

@@ -50,9 +50,7 @@ def evaluate(context, shots: tuple[int, ...] = (5, 10), draws: int = 5, l2: floa
     ValueError: numbers out of range, a class with fewer examples than shots, an unknown baseline,
       data without labels.
   """
-  if not isinstance(shots, (tuple, list)) or not shots or any(
-      type(n) is not int or n < 1 for n in shots):
-    raise ValueError(f"evals.few_shot.shots={shots} must be a tuple of whole numbers, at least 1")
+  checks.counts("few_shot", "shots", shots)
   if draws < 2 or not l2 > 0:
     raise ValueError(f"evals.few_shot: draws={draws} and l2={l2} must be at least 2 and above 0")
 

@@ -59,44 +59,63 @@ def evaluate(context, predictions: tuple[str, ...] = ("sample",), count: int | N
   train, labels = real_images(context, context.train_split, limit)
   held_out, _ = real_images(context, context.eval_split, limit)
   count = count or len(held_out)
-  most = {"k": min(len(train), len(held_out), count) - 1, "neighbours": len(train)}
-  for field, value in (("k", k), ("neighbours", neighbours)):
-    if value > most[field]:
-      raise ValueError(f"evals.generation.{field} = {value}: at most {most[field]} of "
-                       f"{len(train)} training images, {len(held_out)} held out, {count} samples")
+  check_numbers(len(train), len(held_out), count, k=k, neighbours=neighbours)
   labels = np.resize(np.random.default_rng(context.seed).permutation(labels), count)
   bank = embed(train)
-  if bank.shape[1] >= min(len(bank), len(held_out), count):
-    log.warning("evals.generation: %d training images, %d held out, %d samples are too few for "
-                "%d-dimensional features %r: the Frechet distance comes out far too large",
-                len(bank), len(held_out), count, bank.shape[1], features)
-
-  def compare(name, x):
-    """(metrics, distances to the nearest training images [b, neighbours], their places)."""
-    far, place = map(np.asarray, distances.nearest(x, bank, neighbours))
-    kernel, error = distances.kernel(bank, x, seed=context.seed)
-    precision, recall = distances.precision_recall(bank, x, k)
-    values = {"frechet": distances.frechet(bank, x), "kernel": kernel, "kernel_se": error,
-              "precision": precision, "recall": recall, "nearest": np.median(far[:, 0])}
-    return {f"{name}/{key}": float(value) for key, value in values.items()}, far, place
-
-  metrics, real_far, _ = compare("real", embed(held_out))
+  warn_of_few(len(train), len(held_out), count, bank.shape[1], features)
+  how = dict(k=k, neighbours=neighbours, seed=context.seed)
+  metrics, real_far, _ = compare("real", embed(held_out), bank, **how)
   for prediction in predictions:
     images = stored(samples.draw(context, prediction, labels, guidance, seed=2))
-    values, far, place = compare(prediction, embed(images))
+    values, far, place = compare(prediction, embed(images), bank, **how)
     metrics |= values
     if examples:
       figure = sheet(images, train, far, place, examples)
-      figure.supxlabel(textwrap.fill(
-        f"Step {context.step}, {prediction!r}: samples by their distance in {features!r} to the "
-        f"nearest of {len(train)} training images, on the right. Median of {count} samples: "
-        f"{np.median(far[:, 0]):.3g}; of held-out images: {np.median(real_far[:, 0]):.3g}, the "
-        f"least {np.min(real_far):.3g}.", 80), fontsize=8)
-      context.figures.mkdir(parents=True, exist_ok=True)
-      space = Path(features.partition(":")[0]).name
-      figure.savefig(
-        context.figures / f"{prediction}_nearest_{space}_step{context.step:08d}.png", dpi=150)
+      write(context, prediction, figure, features, len(train), far[:, 0], real_far[:, 0])
   return metrics
+
+
+def check_numbers(train: int, held_out: int, count: int, **fields: int):
+  """Raises ValueError where there are fewer images of a kind than neighbours are asked for."""
+  most = {"k": min(train, held_out, count) - 1, "neighbours": train}
+  for field, value in fields.items():
+    if value > most[field]:
+      raise ValueError(f"evals.generation.{field} = {value}: at most {most[field]} of {train} "
+                       f"training images, {held_out} held out, {count} samples")
+
+
+def warn_of_few(train: int, held_out: int, count: int, dimensions: int, features: str):
+  if dimensions >= min(train, held_out, count):
+    log.warning("evals.generation: %d training images, %d held out, %d samples are too few for "
+                "%d-dimensional features %r: the Frechet distance comes out far too large",
+                train, held_out, count, dimensions, features)
+
+
+def compare(name: str, x, bank, k: int, neighbours: int, seed: int):
+  """Features x [b, D] of images of one kind against the training images', `bank` [M, D].
+
+  Returns:
+    ({name/metric: float}, distances to the nearest of the bank [b, neighbours], their places).
+  """
+  far, place = map(np.asarray, distances.nearest(x, bank, neighbours))
+  kernel, error = distances.kernel(bank, x, seed=seed)
+  precision, recall = distances.precision_recall(bank, x, k)
+  values = {"frechet": distances.frechet(bank, x), "kernel": kernel, "kernel_se": error,
+            "precision": precision, "recall": recall, "nearest": np.median(far[:, 0])}
+  return {f"{name}/{key}": float(value) for key, value in values.items()}, far, place
+
+
+def write(context, prediction: str, figure, features: str, train: int, far, real_far):
+  """Writes a `sheet`, with what distances `far` and `real_far` [b] to the nearest image say."""
+  figure.supxlabel(textwrap.fill(
+    f"Step {context.step}, {prediction!r}: samples by their distance in {features!r} to the "
+    f"nearest of {train} training images, on the right. Median of {len(far)} samples: "
+    f"{np.median(far):.3g}; of held-out images: {np.median(real_far):.3g}, the least "
+    f"{np.min(real_far):.3g}.", 80), fontsize=8)
+  context.figures.mkdir(parents=True, exist_ok=True)
+  space = Path(features.partition(":")[0]).name
+  figure.savefig(context.figures / f"{prediction}_nearest_{space}_step{context.step:08d}.png",
+                 dpi=150)
 
 
 def stored(images):

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -111,7 +112,7 @@ def distance_figure(values, uniform: float, caption: str):
 
 def positions_figure(table, grid: tuple[int, int], caption: str, most: int = 16):
   """Cosine similarity of position embeddings [n, d]: a map over the grid for each (every s-th)."""
-  unit = retrieval.unit(np.asarray(table, np.float64))
+  unit = checks.unit(np.asarray(table, np.float64))
   similar = rearrange(unit @ unit.T, "(a b) (h w) -> a b h w", a=grid[0], h=grid[0])
   step = -(-max(grid) // most)
   similar = similar[step // 2::step, step // 2::step]                        # a b h w
@@ -204,91 +205,124 @@ def evaluate(context, figures: tuple[str, ...] | None = None, examples: int = 6,
   return {}
 
 
+class Seen(NamedTuple):
+  """The images of a split that are read, and those of them that figures show."""
+
+  where: str  # the start of a caption
+  keys: tuple[str, ...]  # features to collect beside a prediction
+  batch: dict  # "image" [b, h, w, c] as the network sees it, and "label" [b] where there are labels
+  shown: np.ndarray  # int [s], which of them
+  pixels: np.ndarray  # [s, h, w, 3] in [0, 1]
+  names: np.ndarray  # of their classes, [s]
+
+
+def names_of(context, batch, chosen):
+  """Names of the classes of `chosen` examples, any shape; "" where there are no labels."""
+  if "label" not in batch:
+    return np.full(np.shape(chosen), "")
+  every = context.info.class_names or range(context.info.num_classes)
+  return np.array([retrieval.fold(str(name), 14, 1) for name in every])[batch["label"][chosen]]
+
+
+def read(context, split: str, images: int, examples: int) -> Seen:
+  keys = ("image", "label") if context.info.num_classes else ("image",)
+  _, batch = context.collect("pixels", split, *keys, params=None, limit=images)
+  shown = np.unique(np.linspace(0, len(batch["image"]) - 1, examples).round().astype(int))
+  pixels = pictures.rgb(context.to_pixels(batch["image"][shown]))
+  return Seen(f"Step {context.step}, {split}", keys, batch, shown, pixels,
+              names_of(context, batch, shown))
+
+
 def draw(context, figures, examples, images, neighbours, features, split, limit):
   """Yields (name, figure); `evaluate` describes the arguments."""
-  keys = ("image", "label") if context.info.num_classes else ("image",)
-  where = f"Step {context.step}, {split}"
-
-  def names(batch, chosen):
-    if "label" not in batch:
-      return np.full(np.shape(chosen), "")
-    every = context.info.class_names or range(context.info.num_classes)
-    return np.array([retrieval.fold(str(name), 14, 1) for name in every])[batch["label"][chosen]]
-
-  _, batch = context.collect("pixels", split, *keys, params=None, limit=images)
-  ready = batch["image"]                                                     # b h w c
-  h, w = ready.shape[1:3]
-  shown = np.unique(np.linspace(0, len(ready) - 1, examples).round().astype(int))
-  pixels, rows = pictures.rgb(context.to_pixels(ready[shown])), names(batch, shown)
-
-  def patches(n):
-    """(grid, pixels a side) of n patches, as nearly square as may be."""
-    high = min((a for a in range(1, n + 1) if n % a == 0), key=lambda a: abs(a * a * w - n * h))
-    return (high, n // high), h / high
-
+  seen = read(context, split, images, examples)
   if {"attention", "rollout", "distance"} & set(figures):
-    last, rolled, values, uniform = attention(context, ready, shown, patches)
-    colours_are = "From black over purple and orange to yellow: from 0 to the most of a patch."
-    if "attention" in figures:
-      heads = [f"head {i + 1}" for i in range(last.shape[1])]
-      yield "attention", pictures.mosaic(pictures.heat(pixels, last), ["image", *heads], rows, (
-        f"{where}: what the last block's heads attend to, by the query of the features. "
-        + colours_are))
-    if "rollout" in figures:
-      chosen = np.unique(np.linspace(0, len(values) - 1, 8).round().astype(int))
-      blocks = [f"block {i + 1}" for i in chosen]
-      yield "rollout", pictures.mosaic(
-        pictures.heat(pixels, rolled[:, chosen]), ["image", *blocks], rows, (
-          f"{where}: attention rollout, what the features take from each patch through all blocks "
-          f"up to the one named. {colours_are}"))
-    if "distance" in figures:
-      yield "distance", distance_figure(values, uniform, (
-        f"{where}: mean over {len(ready)} images of {h} x {w} pixels."))
+    yield from draw_attention(context, seen, figures)
   if "positions" in figures:
-    table = context.predict("positions", {})
-    grid = patches(len(table))[0]
-    yield "positions", positions_figure(table, grid, (
-      f"Step {context.step}: position embeddings. The map at row i, column j: similarity of patch "
-      f"(i, j) to all of the {grid[0]} x {grid[1]}."))
+    yield "positions", draw_positions(context, seen)
   if "filters" in figures:
-    filters = context.predict("filters", {})
-    if "attention_layers" in context.predictions:
-      count = min(28, len(filters) - 1, filters[0].size)
-      _, components, share = principal_components(filters.reshape(len(filters), -1), count)
-      yield "filters", filters_figure(components.reshape(-1, *filters.shape[1:]), (
-        f"Step {context.step}: principal components of the {len(filters)} patch filters, row by "
-        f"row; these make {share.sum():.0%} of the variance, the first {share[0]:.0%}."), columns=7)
-    else:
-      yield "filters", filters_figure(filters[:64], (
-        f"Step {context.step}: filters of the stem, {len(filters[:64])} of {len(filters)}."))
+    yield "filters", draw_filters(context)
   if "tokens" in figures:
     tokens = context.collect("tokens", split, limit=images)[0].astype(np.float32)  # b n d
-    every = colours(rearrange(tokens, "b n d -> (b n) d")).reshape(*tokens.shape[:2], 3)
-    cells = np.stack([every[shown], differences(tokens)[shown]])             # 2 s n 3
-    cells = cells.reshape(2, len(shown), *patches(tokens.shape[1])[0], 3)
-    cells = np.concatenate([pixels[None], pictures.enlarge(cells, (h, w))])
-    yield "tokens", pictures.mosaic(cells, rows, ("image", "patches", "differences"), (
-      f"{where}: the first three principal components of the patches of {len(ready)} images as "
-      "red, green and blue. Differences: of what a patch has beyond the means of its image and of "
-      "its place, dark where that is little."))
+    yield "tokens", draw_tokens(seen, tokens)
   if "neighbours" in figures:
-    x, _ = context.collect(features, split, limit=images)
-    bank, train = context.collect(features, context.train_split, *keys, limit=limit)
-    k = min(neighbours, len(bank))
-    queries, unit = retrieval.unit(x[shown].astype(np.float32)), retrieval.unit(
-      bank.astype(np.float32))
-    place = np.asarray(distances.nearest(queries, unit, k)[1])               # b k
-    found = pictures.rgb(context.to_pixels(train["image"][place.reshape(-1)]))
-    right = (train["label"][place] == batch["label"][shown][:, None] if "label" in batch else
-             np.zeros(place.shape, bool))
-    yield "neighbours", neighbours_figure(
-      pixels, rows, found.reshape(*place.shape, *found.shape[1:]), names(train, place), right,
-      np.einsum("bd,bkd->bk", queries, unit[place]), (
-        f"{where}: left an image, then the most similar of {len(bank)} training images by the "
-        "cosine of their features." + (" Green: of the same class." if "label" in batch else "")))
+    queries = context.collect(features, split, limit=images)[0][seen.shown]  # s d
+    yield "neighbours", draw_neighbours(context, seen, queries, features, neighbours, limit)
 
 
-def attention(context, ready, shown, patches, size: int = 8):
+def draw_attention(context, seen: Seen, figures):
+  """Yields what of "attention", "rollout" and "distance" is in `figures`."""
+  last, rolled, values, uniform = attention(context, seen.batch["image"], seen.shown)
+  colours_are = "From black over purple and orange to yellow: from 0 to the most of a patch."
+  if "attention" in figures:
+    heads = [f"head {i + 1}" for i in range(last.shape[1])]
+    yield "attention", pictures.mosaic(
+      pictures.heat(seen.pixels, last), ["image", *heads], seen.names, (
+        f"{seen.where}: what the last block's heads attend to, by the query of the features. "
+        + colours_are))
+  if "rollout" in figures:
+    chosen = np.unique(np.linspace(0, len(values) - 1, 8).round().astype(int))
+    blocks = [f"block {i + 1}" for i in chosen]
+    yield "rollout", pictures.mosaic(
+      pictures.heat(seen.pixels, rolled[:, chosen]), ["image", *blocks], seen.names, (
+        f"{seen.where}: attention rollout, what the features take from each patch through all "
+        f"blocks up to the one named. {colours_are}"))
+  if "distance" in figures:
+    b, h, w, _ = seen.batch["image"].shape
+    yield "distance", distance_figure(values, uniform, (
+      f"{seen.where}: mean over {b} images of {h} x {w} pixels."))
+
+
+def draw_positions(context, seen: Seen):
+  table = context.predict("positions", {})
+  grid = pictures.grid(len(table), *seen.pixels.shape[1:3])
+  return positions_figure(table, grid, (
+    f"Step {context.step}: position embeddings. The map at row i, column j: similarity of patch "
+    f"(i, j) to all of the {grid[0]} x {grid[1]}."))
+
+
+def draw_filters(context):
+  filters = context.predict("filters", {})
+  if "attention_layers" not in context.predictions:
+    return filters_figure(filters[:64], (
+      f"Step {context.step}: filters of the stem, {len(filters[:64])} of {len(filters)}."))
+  count = min(28, len(filters) - 1, filters[0].size)
+  _, components, share = principal_components(filters.reshape(len(filters), -1), count)
+  return filters_figure(components.reshape(-1, *filters.shape[1:]), (
+    f"Step {context.step}: principal components of the {len(filters)} patch filters, row by "
+    f"row; these make {share.sum():.0%} of the variance, the first {share[0]:.0%}."), columns=7)
+
+
+def draw_tokens(seen: Seen, tokens):
+  every = colours(rearrange(tokens, "b n d -> (b n) d")).reshape(*tokens.shape[:2], 3)
+  cells = np.stack([every[seen.shown], differences(tokens)[seen.shown]])     # 2 s n 3
+  size = seen.pixels.shape[1:3]
+  cells = cells.reshape(*cells.shape[:2], *pictures.grid(tokens.shape[1], *size), 3)
+  cells = np.concatenate([seen.pixels[None], pictures.enlarge(cells, size)])
+  return pictures.mosaic(cells, seen.names, ("image", "patches", "differences"), (
+    f"{seen.where}: the first three principal components of the patches of {len(tokens)} images as "
+    "red, green and blue. Differences: of what a patch has beyond the means of its image and of "
+    "its place, dark where that is little."))
+
+
+def draw_neighbours(context, seen: Seen, queries, features: str, neighbours: int, limit):
+  """Images shown, of features `queries` [s, d], with the training images nearest to each."""
+  bank, train = context.collect(features, context.train_split, *seen.keys, limit=limit)
+  queries, unit = (checks.unit(x.astype(np.float32)) for x in (queries, bank))
+  place = np.asarray(distances.nearest(queries, unit, min(neighbours, len(bank)))[1])  # s k
+  found = pictures.rgb(context.to_pixels(train["image"][place.reshape(-1)]))
+  right, note = np.zeros(place.shape, bool), ""
+  if "label" in train:
+    right = train["label"][place] == seen.batch["label"][seen.shown][:, None]
+    note = " Green: of the same class."
+  return neighbours_figure(
+    seen.pixels, seen.names, found.reshape(*place.shape, *found.shape[1:]),
+    names_of(context, train, place), right, np.einsum("bd,bkd->bk", queries, unit[place]), (
+      f"{seen.where}: left an image, then the most similar of {len(bank)} training images by the "
+      "cosine of their features." + note))
+
+
+def attention(context, ready, shown, size: int = 8):
   """What of the attention to `ready` images is drawn, from `size` of them at a time.
 
   Returns:
@@ -301,7 +335,8 @@ def attention(context, ready, shown, patches, size: int = 8):
     out = context.predict("attention_layers",
                           {"image": ready.take(range(start, start + size), axis=0, mode="clip")})
     weights, prefix = out["weights"][:len(chosen)], out["prefix"][0]
-    grid, patch = patches(weights.shape[-1] - prefix)
+    grid = pictures.grid(weights.shape[-1] - prefix, *ready.shape[1:3])
+    patch = ready.shape[1] / grid[0]                                         # pixels a side
     values.append(mean_distance(weights[..., prefix:, prefix:], grid, patch))
     mine = np.isin(chosen, shown)
     for parts, maps in ((last, weights[mine][:, -1]), (rolled, rollout(weights[mine]))):

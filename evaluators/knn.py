@@ -59,14 +59,10 @@ def votes(bank, labels, queries, temperature, *, k, classes, block=2**26):
   Returns:
     float32 [B, classes]; -inf for a class none of the neighbours has.
   """
-  def unit(x):
-    x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-  bank = unit(bank)
+  bank = checks.unit(bank.astype(jnp.float32))
 
   def vote(query):
-    s = jnp.matmul(bank, unit(query), precision="highest")  # m
+    s = jnp.matmul(bank, checks.unit(query.astype(jnp.float32)), precision="highest")  # m
     s, nearest = jax.lax.top_k(s, k)  # k
     weights = jnp.exp((s - s[0]) / temperature)
     return jnp.log(jnp.zeros(classes).at[labels[nearest]].add(weights))  # classes

@@ -75,8 +75,7 @@ def evaluate(context, features: str = "features", l2: tuple[float, ...] = (1e-1,
   Raises:
     ValueError: l2 or holdout out of range, an unknown baseline, data without labels.
   """
-  if not isinstance(l2, (tuple, list)) or not l2 or min(l2) <= 0:
-    raise ValueError(f"evals.linear_probe.l2={l2} must be a tuple of positive numbers")
+  checks.tuple_of("linear_probe", "l2", l2, "positive numbers", lambda x: x > 0)
   if not 0 < holdout < 1:
     raise ValueError(f"evals.linear_probe.holdout={holdout} must lie between 0 and 1")
 

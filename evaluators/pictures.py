@@ -14,6 +14,12 @@ def rgb(image):
   return np.broadcast_to(image, (*image.shape[:-1], 3))
 
 
+def grid(n: int, h: int, w: int) -> tuple[int, int]:
+  """Rows and columns of the n patches of an image of h x w pixels, as square as may be."""
+  rows = min((a for a in range(1, n + 1) if n % a == 0), key=lambda a: abs(a * a * w - n * h))
+  return rows, n // rows
+
+
 def enlarge(patches, size: tuple[int, int]):
   """Values of patches [..., h, w, c] as images of (height, width) pixels."""
   row, column = (np.arange(a) * b // a for a, b in zip(size, patches.shape[-3:-1]))

@@ -40,56 +40,69 @@ def evaluate(context, examples: int = 8, prediction: str = "reconstruct",
     ValueError: `examples` below 1, a ratio that leaves no patch or removes none.
   """
   checks.at_least("reconstruction", examples=(examples, 1))
-  if not isinstance(ratios, (tuple, list)) or not all(0 < ratio < 1 for ratio in ratios):
-    raise ValueError(f"evals.reconstruction.ratios={ratios} must be a tuple of numbers in (0, 1)")
+  checks.tuple_of("reconstruction", "ratios", ratios, "numbers in (0, 1)", lambda x: 0 < x < 1,
+                  least=0)
   pixels, batch = context.collect(
       "pixels", context.eval_split, "image", params=None, limit=examples)
   images = pixels.reshape(batch["image"].shape)  # b h w c
   out = context.predict(prediction, {"image": images}, jax.random.key(context.seed))
-
   original = context.to_pixels(images)
-
-  def judge(out):
-    """(predicted pixels, which are removed [b, h, w, 1], mse, psnr)."""
-    predicted = context.to_pixels(out["image"])
-    removed = mask_image(out["mask"], *images.shape[1:3])
-    square = (predicted - original)**2 * removed
-    mse = float(np.sum(square) / (np.sum(removed) * images.shape[-1]))
-    return predicted, removed, mse, -10 * math.log10(max(mse, 1e-12))
-
-  predicted, removed, mse, psnr = judge(out)
-  caption = (f"Step {context.step}, {context.eval_split}: {np.mean(out['mask']):.0%} of the "
-             f"patches removed (grey). On these: MSE {mse:.4f}, PSNR {psnr:.1f} dB.")
-  caption += (" No loss is on visible patches, so what the reconstruction has there means nothing; "
-              "the last column shows the true ones.")
-  if np.any(out.get("norm_pix", False)):
-    caption += (" Reconstruction: predicted patches, each given its true patch's mean and "
-                "variance (the targets were patch-normalised).")
+  predicted, removed, mse, psnr = judge(context, out, original)
   columns = (original, np.where(removed, 0.5, original), predicted,
              np.where(removed, predicted, original))
-  figures = {"reconstruction": grid(columns, COLUMNS, caption)}
+  figures = {"reconstruction": grid(columns, COLUMNS, caption(context, out, mse, psnr))}
   metrics = {"mse": mse, "psnr": psnr}
-  patches = out["mask"].shape[1]
-  order = np.random.default_rng(context.seed).random(out["mask"].shape).argsort(1)  # b n
-  columns, titles = [original], ["original"]
+  if ratios:
+    figures["reconstruction_ratios"], more = at_ratios(
+      context, prediction, images, original, ratios, out["mask"].shape[1])
+    metrics |= more
+  context.figures.mkdir(parents=True, exist_ok=True)
+  for name, figure in figures.items():
+    figure.savefig(context.figures / f"{name}_step{context.step:08d}.png", dpi=150)
+  return metrics
+
+
+def judge(context, out, original):
+  """What a reconstruction `out` of images [b, h, w, c] in [0, 1] is worth.
+
+  (predicted pixels, which are removed bool [b, h, w, 1], mse, psnr).
+  """
+  predicted = context.to_pixels(out["image"])
+  removed = mask_image(out["mask"], *original.shape[1:3])
+  square = (predicted - original)**2 * removed
+  mse = float(np.sum(square) / (np.sum(removed) * original.shape[-1]))
+  return predicted, removed, mse, -10 * math.log10(max(mse, 1e-12))
+
+
+def caption(context, out, mse: float, psnr: float) -> str:
+  text = (f"Step {context.step}, {context.eval_split}: {np.mean(out['mask']):.0%} of the patches "
+          f"removed (grey). On these: MSE {mse:.4f}, PSNR {psnr:.1f} dB. No loss is on visible "
+          "patches, so what the reconstruction has there means nothing; the last column shows the "
+          "true ones.")
+  if np.any(out.get("norm_pix", False)):
+    text += (" Reconstruction: predicted patches, each given its true patch's mean and variance "
+             "(the targets were patch-normalised).")
+  return text
+
+
+def at_ratios(context, prediction: str, images, original, ratios, patches: int):
+  """(the figure of `images` with these shares of their patches removed, its numbers)."""
+  order = np.random.default_rng(context.seed).random((len(images), patches)).argsort(1)  # b n
+  columns, titles, metrics = [original], ["original"], {}
   for ratio in ratios:
     kept = int(patches * (1 - ratio))
     if not 0 < kept < patches:
       raise ValueError(f"evals.reconstruction.ratios: {ratio} must leave at least one of {patches} "
                        "patches and remove at least one")
-    predicted, removed, mse, psnr = judge(context.predict(
-        prediction, {"image": images, "keep": order[:, :kept]}, jax.random.key(context.seed)))
+    out = context.predict(prediction, {"image": images, "keep": order[:, :kept]},
+                          jax.random.key(context.seed))
+    predicted, removed, mse, psnr = judge(context, out, original)
     columns += [np.where(removed, 0.5, original), np.where(removed, predicted, original)]
     titles += [f"{ratio:.0%} removed", f"filled in\nPSNR {psnr:.1f} dB"]
     metrics |= {f"{ratio:g}/mse": mse, f"{ratio:g}/psnr": psnr}
-  if ratios:
-    figures["reconstruction_ratios"] = grid(columns, titles, (
-        f"Step {context.step}, {context.eval_split}: the same images with more and more patches "
-        "removed, and these as predicted among the true ones."))
-  context.figures.mkdir(parents=True, exist_ok=True)
-  for name, figure in figures.items():
-    figure.savefig(context.figures / f"{name}_step{context.step:08d}.png", dpi=150)
-  return metrics
+  return grid(columns, titles, (
+    f"Step {context.step}, {context.eval_split}: the same images with more and more patches "
+    "removed, and these as predicted among the true ones.")), metrics
 
 
 def mask_image(mask, height, width):

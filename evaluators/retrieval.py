@@ -15,11 +15,6 @@ TOLERANCE = 1e-6  # similarities of unit vectors that differ by less differ by r
 RIGHT = "tab:green"
 
 
-def unit(x):
-  """x / |x| over the last axis; a zero vector stays one."""
-  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 def embed_text(predict, ids, batch_size=256):
   """Embeds token ids [n, l] as [n, D], in batches of one size.
 
@@ -107,7 +102,7 @@ def embed_captions(context, captions, num_captions, unique):
   names, group = np.unique([match[0] for match in matches], return_inverse=True)
   mean = np.zeros((len(names), embeddings.shape[1]), np.float32)
   np.add.at(mean, group, embeddings)
-  return list(names), unit(mean), np.unique([image, group[row]], axis=1)
+  return list(names), checks.unit(mean), np.unique([image, group[row]], axis=1)
 
 
 def evaluate(context, split: str | None = None, ks: tuple[int, ...] = (1, 5, 10),
@@ -141,8 +136,7 @@ def evaluate(context, split: str | None = None, ks: tuple[int, ...] = (1, 5, 10)
     ValueError: a number out of range, data without captions, a bad `unique`.
   """
   checks.at_least("retrieval", limit=(limit, 1), examples=(examples, 0), gallery=(gallery, 1))
-  if not isinstance(ks, (tuple, list)) or not ks or any(type(k) is not int or k < 1 for k in ks):
-    raise ValueError(f"evals.retrieval.ks={ks} must be a tuple of whole numbers, at least 1")
+  checks.counts("retrieval", "ks", ks)
   checks.has_texts("retrieval", context)
   try:
     re.compile(unique or "")

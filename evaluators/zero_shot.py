@@ -36,8 +36,8 @@ def class_embeddings(embed, classes, templates=("{}",)):
   if wrong or not templates:
     raise ValueError(f"evals.zero_shot.templates={wrong or templates!r}: each needs a '{{}}', "
                      "where the class name goes")
-  return retrieval.unit(sum(embed([template.replace("{}", name) for name in classes])
-                            for template in templates))
+  return checks.unit(sum(embed([template.replace("{}", name) for name in classes])
+                         for template in templates))
 
 
 def classify(images, classes, logit_scale):

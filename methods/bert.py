@@ -1,5 +1,6 @@
 """Masked language modelling: BERT (1810.04805) and UniLM's mix of attention masks (1905.03197)."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -33,6 +34,50 @@ def unilm(rng, own):
   return mask, second.astype(jnp.int32)
 
 
+def own_tokens(model, ids):
+  """True for the tokens that are neither the start nor the end of a text, nor padding: [b, l]."""
+  place = jnp.arange(ids.shape[1])[None]
+  eos_id = model.encoder.eos_id
+  return (place >= model.starts) & tokens.until_end(ids, eos_id) & (ids != eos_id)
+
+
+def hide(model, mask_ratio: float, mask_share: float, random_share: float, rng, ids):
+  """What the network is given of texts int [b, l], by the shares that `make` describes.
+
+  {"masked" int [b, l], "places" int [b, m], "chosen" bool [b, m], which of these places count}.
+  """
+  own = own_tokens(model, ids)
+  count = jnp.maximum(jnp.round(mask_ratio * own.sum(1)), 1)
+  count = jnp.minimum(count, own.sum(1))[:, None]                            # b 1
+  most = max(1, round(mask_ratio * (ids.shape[1] - model.starts - 1)))
+  order_key, how_key, token_key = jax.random.split(rng, 3)
+  noise = jnp.where(own, jax.random.uniform(order_key, ids.shape), 2)
+  places = noise.argsort(1)[:, :most]                                        # b m
+  taken = jnp.arange(most)[None] < count                                     # b m
+  chosen = jnp.put_along_axis(jnp.zeros_like(own), places, taken, 1, inplace=False)  # b l
+  how = jax.random.uniform(how_key, ids.shape)
+  other = jax.random.randint(token_key, ids.shape, 0, model.encoder.vocab_size, ids.dtype)
+  given = jnp.select([~chosen | (how >= mask_share + random_share), how >= mask_share],
+                     [ids, other], model.mask_id)
+  return {"masked": given, "places": places, "chosen": taken}
+
+
+def check(model, masks: str, mask_ratio: float, mask_share: float, random_share: float):
+  """Raises ValueError as `make` says."""
+  for name, value, ok, allowed in (
+      ("mask_ratio", mask_ratio, 0 < mask_ratio < 1, "a number in (0, 1)"),
+      ("mask_share", mask_share, 0 <= mask_share <= 1, "a number in [0, 1]"),
+      ("random_share", random_share, 0 <= random_share <= 1 - mask_share + 1e-9,
+       f"a number in [0, {1 - mask_share:.4g}], what mask_share leaves")):
+    if not ok:
+      raise ValueError(f"method.{name} = {value}: expected {allowed}")
+  if masks == "unilm" and model.encoder.causal:
+    raise ValueError("method.masks = 'unilm' says who sees whom: it needs model.causal = False")
+  if model.mask_id is None:
+    raise ValueError("method.name = 'bert' needs a mask token, which the tokenizer has not: set "
+                     "data.mask_token = True")
+
+
 def make(model, *, masks: Literal["bert", "unilm"] = "bert", mask_ratio: float = 0.15,
          mask_share: float = 0.8, random_share: float = 0.1) -> Method:
   """An encoder of texts learns to tell tokens that are hidden from it (1810.04805 sec. 3.1).
@@ -50,54 +95,20 @@ def make(model, *, masks: Literal["bert", "unilm"] = "bert", mask_ratio: float =
   Raises:
     ValueError: a number out of range, or a tokenizer that has no mask token.
   """
-  own_tower, vocab_size = model.encoder, model.encoder.vocab_size
-  for name, value, ok, allowed in (
-      ("mask_ratio", mask_ratio, 0 < mask_ratio < 1, "a number in (0, 1)"),
-      ("mask_share", mask_share, 0 <= mask_share <= 1, "a number in [0, 1]"),
-      ("random_share", random_share, 0 <= random_share <= 1 - mask_share + 1e-9,
-       f"a number in [0, {1 - mask_share:.4g}], what mask_share leaves")):
-    if not ok:
-      raise ValueError(f"method.{name} = {value}: expected {allowed}")
-  if masks == "unilm" and own_tower.causal:
-    raise ValueError("method.masks = 'unilm' says who sees whom: it needs model.causal = False")
-  if model.mask_id is None:
-    raise ValueError("method.name = 'bert' needs a mask token, which the tokenizer has not: set "
-                     "data.mask_token = True")
-
-  def own_tokens(ids):
-    """True for the tokens that are neither the start nor the end of a text, nor padding: [b, l]."""
-    place = jnp.arange(ids.shape[1])[None]
-    return (place >= model.starts) & tokens.until_end(ids, own_tower.eos_id) & (
-      ids != own_tower.eos_id)
-
-  def hide(rng, ids):
-    """{"masked" [b, l], "places" int [b, m], "chosen" bool [b, m]}: what the network is given."""
-    own = own_tokens(ids)
-    count = jnp.maximum(jnp.round(mask_ratio * own.sum(1)), 1)
-    count = jnp.minimum(count, own.sum(1))[:, None]                          # b 1
-    most = max(1, round(mask_ratio * (ids.shape[1] - model.starts - 1)))
-    order_key, how_key, token_key = jax.random.split(rng, 3)
-    noise = jnp.where(own, jax.random.uniform(order_key, ids.shape), 2)
-    places = noise.argsort(1)[:, :most]                                      # b m
-    taken = jnp.arange(most)[None] < count                                   # b m
-    chosen = jnp.put_along_axis(jnp.zeros_like(own), places, taken, 1, inplace=False)  # b l
-    how = jax.random.uniform(how_key, ids.shape)
-    other = jax.random.randint(token_key, ids.shape, 0, vocab_size, ids.dtype)
-    given = jnp.select([~chosen | (how >= mask_share + random_share), how >= mask_share],
-                       [ids, other], model.mask_id)
-    return {"masked": given, "places": places, "chosen": taken}
+  check(model, masks, mask_ratio, mask_share, random_share)
+  choose = functools.partial(hide, model, mask_ratio, mask_share, random_share)
 
   def draw(rng, batch):
     if "masked" in batch:
       return batch
     hide_key, mask_key = jax.random.split(rng)
-    batch = {**batch, **hide(hide_key, batch["text"])}
+    batch = {**batch, **choose(hide_key, batch["text"])}
     chosen = batch["chosen"].astype(jnp.float32)
     # The mean over the whole batch, however it is split.
     batch["weight"] = chosen * (len(chosen) / jnp.maximum(chosen.sum(), 1))
     if masks == "unilm":
-      batch["mask"], batch["segments"] = unilm(mask_key, own_tokens(batch["text"]))
-      batch["segments"] = jnp.minimum(batch["segments"], max(own_tower.segments - 1, 0))
+      batch["mask"], batch["segments"] = unilm(mask_key, own_tokens(model, batch["text"]))
+      batch["segments"] = jnp.minimum(batch["segments"], max(model.encoder.segments - 1, 0))
     return batch
 
   def init(rng, batch):
@@ -112,9 +123,14 @@ def make(model, *, masks: Literal["bert", "unilm"] = "bert", mask_ratio: float =
     right = jnp.sum((logits.argmax(-1) == ids) * weight, axis=1)
     return value.mean(), (extra, {"accuracy": right.mean()})
 
+  return Method(init, loss, predictions(model, choose), draw, needs=("text",))
+
+
+def predictions(model, choose):
+  """Predictions by name; `choose` is `hide` with its shares, (rng, ids) -> what is hidden."""
   def masked(params, extra, batch, rng):
     """What is hidden of each text, and told: `hide`'s, and "told", "likelihood" (log), [b, m]."""
-    hidden = hide(rng, batch["text"])
+    hidden = choose(rng, batch["text"])
     ids = jnp.take_along_axis(batch["text"], hidden["places"], axis=1)       # b m
     logits = model.apply({"params": params}, hidden["masked"], places=hidden["places"])
     return {**hidden, "told": logits.argmax(-1),
@@ -124,9 +140,8 @@ def make(model, *, masks: Literal["bert", "unilm"] = "bert", mask_ratio: float =
     return lambda params, extra, batch, rng: model.apply(
       {"params": params}, batch["text"], batch.get("segments"), method="encode")[1][name]
 
-  predict = {
+  return {
     "features": encode("features"), "tokens": encode("tokens"), "masked": masked,
-    "own_tokens": lambda params, extra, batch, rng: own_tokens(batch["text"]),
+    "own_tokens": lambda params, extra, batch, rng: own_tokens(model, batch["text"]),
     "logits": lambda params, extra, batch, rng: model.apply(
       {"params": params}, batch["text"], batch.get("segments"))}
-  return Method(init, loss, predict, draw, needs=("text",))

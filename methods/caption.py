@@ -10,6 +10,32 @@ from methods.method import Method
 from models import decoding
 
 
+def check(smoothing: float, beams: int, length_penalty: float, temperature: float, top_p: float):
+  """Raises ValueError where a number of `make` is out of range, or one excludes another."""
+  for name, value, ok, allowed in (
+      ("smoothing", smoothing, 0 <= smoothing < 1, "a number in [0, 1)"),
+      ("beams", beams, beams >= 1, "at least 1"),
+      ("length_penalty", length_penalty, beams > 1 or not length_penalty, "0 with one beam"),
+      ("temperature", temperature, temperature >= 0, "at least 0"),
+      ("temperature", temperature, beams == 1 or not temperature, "0 with several beams"),
+      ("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
+      ("top_p", top_p, temperature or top_p == 1, "1 at temperature 0")):
+    if not ok:
+      raise ValueError(f"method.{name} = {value}: expected {allowed}")
+
+
+def beam_search(step, cache, *args, beams: int, **kwargs):
+  """`decoding.beam`, with what is known of the image held once for all beams of a caption."""
+  memory = {name: jnp.repeat(x, beams, 1) for name, x in cache.items() if "memory" in name}
+
+  def own_step(cache, token, index):
+    logits, new = step({**cache, **memory}, token, index)
+    return logits, {name: new[name] for name in cache}
+
+  cache = {name: x for name, x in cache.items() if name not in memory}
+  return decoding.beam(own_step, cache, *args, beams=beams, axis=1, **kwargs)
+
+
 def make(model, *, smoothing: float = 0.0, beams: int = 1, length_penalty: float = 0.0,
          temperature: float = 0.0, top_p: float = 1.0) -> Method:
   """Each token of a caption is predicted by its image and by the caption's tokens before it.
@@ -24,16 +50,7 @@ def make(model, *, smoothing: float = 0.0, beams: int = 1, length_penalty: float
     temperature: captions are drawn from softmax(logits / temperature); 0 = nothing is at random.
     top_p: probability of the likeliest tokens, that they are drawn among, (0, 1].
   """
-  for name, value, ok, allowed in (
-      ("smoothing", smoothing, 0 <= smoothing < 1, "a number in [0, 1)"),
-      ("beams", beams, beams >= 1, "at least 1"),
-      ("length_penalty", length_penalty, beams > 1 or not length_penalty, "0 with one beam"),
-      ("temperature", temperature, temperature >= 0, "at least 0"),
-      ("temperature", temperature, beams == 1 or not temperature, "0 with several beams"),
-      ("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
-      ("top_p", top_p, temperature or top_p == 1, "1 at temperature 0")):
-    if not ok:
-      raise ValueError(f"method.{name} = {value}: expected {allowed}")
+  check(smoothing, beams, length_penalty, temperature, top_p)
   text = model.text
 
   def init(rng, batch):
@@ -58,20 +75,12 @@ def make(model, *, smoothing: float = 0.0, beams: int = 1, length_penalty: float
     cache = run("begin", params, extra, batch["image"])
     first = jnp.full(len(batch["image"]), text.pad_id)
     ends = dict(eos_id=text.eos_id, pad_id=text.pad_id)
-    if beams == 1:
-      choose = decoding.sampler(temperature, top_p) if temperature else decoding.greedy
-      step = functools.partial(run, "step", params, extra)
-      return decoding.decode(step, cache, first, text.context, choose=choose, rng=rng, **ends)[0]
-    # What is known of the image is the same for all its beams.
-    memory = {name: jnp.repeat(x, beams, 1) for name, x in cache.items() if "memory" in name}
-
-    def step(cache, token, index):
-      logits, new = run("step", params, extra, {**cache, **memory}, token, index)
-      return logits, {name: new[name] for name in cache}
-
-    cache = {name: x for name, x in cache.items() if name not in memory}
-    return decoding.beam(step, cache, first, text.context, beams=beams, alpha=length_penalty,
-                         axis=1, **ends)[0][:, 0]
+    step = functools.partial(run, "step", params, extra)
+    if beams > 1:
+      return beam_search(step, cache, first, text.context, beams=beams, alpha=length_penalty,
+                         **ends)[0][:, 0]
+    choose = decoding.sampler(temperature, top_p) if temperature else decoding.greedy
+    return decoding.decode(step, cache, first, text.context, choose=choose, rng=rng, **ends)[0]
 
   def encode(params, extra, batch, **kwargs):
     return run("encode_image", params, extra, batch["image"], **kwargs)[1]

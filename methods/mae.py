@@ -12,6 +12,31 @@ from models.mae import MASKING, mask_from_keep, mask_from_noise
 from models.vit import patchify, unpatchify
 
 
+def target(image, patch: int, norm_pix: bool):
+  """What is predicted of images [b, h, w, c]: patches [b, n, p*p*c] (2111.06377 sec. 3).
+
+  With `norm_pix` standardised by each patch's own mean and standard deviation.
+  """
+  pixels = patchify(image, patch)
+  if norm_pix:
+    mean, std = reconstruction.patch_statistics(pixels)
+    pixels = (pixels - mean) / std
+  return pixels
+
+
+def image_of(pred, image, patch: int, norm_pix: bool):
+  """The image that predicted patches stand for: the inverse of `target`, of a true image."""
+  pixels = pred.astype(jnp.float32)
+  if norm_pix:
+    mean, std = reconstruction.patch_statistics(patchify(image, patch))
+    pixels = pixels * std + mean
+  return unpatchify(pixels, patch, grid_of(image, patch))
+
+
+def grid_of(image, patch: int) -> tuple[int, int]:
+  return image.shape[1] // patch, image.shape[2] // patch
+
+
 def make(model, *, mask_ratio: float = 0.75, masking: Literal[*MASKING] = "random",
          norm_pix: bool = True) -> Method:
   """An encoder-decoder `models.mae.MAE` learns to fill in images.
@@ -28,14 +53,11 @@ def make(model, *, mask_ratio: float = 0.75, masking: Literal[*MASKING] = "rando
     raise ValueError(f"method.mask_ratio = {mask_ratio}: expected a number in (0, 1) that leaves "
                      f"at least one of {patches} patches and removes at least one")
 
-  def grid_of(image):
-    return image.shape[1] // patch, image.shape[2] // patch
-
   def draw(rng, batch):
     if "noise" in batch:
       return batch
     image = batch["image"]
-    return {**batch, "noise": MASKING[masking](rng, image.shape[0], grid_of(image))}
+    return {**batch, "noise": MASKING[masking](rng, image.shape[0], grid_of(image, patch))}
 
   def init(rng, batch):
     keep, restore, _ = mask_from_noise(draw(rng, batch)["noise"], mask_ratio)
@@ -43,7 +65,7 @@ def make(model, *, mask_ratio: float = 0.75, masking: Literal[*MASKING] = "rando
 
   def forward(params, batch, rng, train):
     if "keep" in batch:
-      keep, restore, mask = mask_from_keep(batch["keep"], math.prod(grid_of(batch["image"])))
+      keep, restore, mask = mask_from_keep(batch["keep"], math.prod(grid_of(batch["image"], patch)))
     else:
       keep, restore, mask = mask_from_noise(draw(rng, batch)["noise"], mask_ratio)
     pred = model.apply({"params": params}, batch["image"], keep, restore, train=train,
@@ -52,11 +74,8 @@ def make(model, *, mask_ratio: float = 0.75, masking: Literal[*MASKING] = "rando
 
   def loss(params, extra, batch, rng, step):
     pred, mask = forward(params, batch, rng, train=True)
-    target = patchify(batch["image"], patch)                                 # b n p*p*c
-    if norm_pix:
-      mean, std = reconstruction.patch_statistics(target)
-      target = (target - mean) / std
-    return reconstruction.masked_mse(pred, target, mask).mean(), (extra, {})
+    error = reconstruction.masked_mse(pred, target(batch["image"], patch, norm_pix), mask)  # b
+    return error.mean(), (extra, {})
 
   def reconstruct(params, extra, batch, rng):
     """`image` is the prediction in the input's units, by the true patches' statistics if needed.
@@ -64,11 +83,7 @@ def make(model, *, mask_ratio: float = 0.75, masking: Literal[*MASKING] = "rando
     Where the batch has "keep", int [b, m], these patches are visible, however many.
     """
     pred, mask = forward(params, batch, rng, train=False)
-    pixels = pred.astype(jnp.float32)
-    if norm_pix:
-      mean, std = reconstruction.patch_statistics(patchify(batch["image"], patch))
-      pixels = pixels * std + mean
-    return {"pred": pred, "mask": mask, "image": unpatchify(pixels, patch, grid_of(batch["image"])),
+    return {"pred": pred, "mask": mask, "image": image_of(pred, batch["image"], patch, norm_pix),
             "norm_pix": jnp.full(mask.shape[0], norm_pix)}
 
   def encode(params, extra, batch, **kwargs):

@@ -32,6 +32,23 @@ ATTENTION: Mapping[str, Callable[..., jax.Array]] = {
 }
 
 
+def project(x, kernel, offsets):
+  """x [b, n, d] -> [b, n, k, d/k] for each s of a kernel [d, s, k, d/k], in one matrix product."""
+  y = kernels.dot_general(x, kernel, (((2,), (0,)), ((), ())))               # b n s k d
+  parts = jax.lax.split(y + offsets[None, None], (1,) * len(offsets), 2)
+  return [part[:, :, 0] for part in parts]
+
+
+def attention_weights(query, key, bias=None, mask=None):
+  """softmax(q k^T / sqrt(d)) (1706.03762 eq. 1) in float32, [b, k, q, n], of ATTENTION's input."""
+  logits = jnp.einsum("bqkd,bnkd->bkqn", query, key, preferred_element_type=jnp.float32)
+  logits = logits * query.shape[-1]**-0.5
+  logits = logits if bias is None else logits + bias
+  if mask is not None:
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+  return nn.softmax(logits)
+
+
 class Attention(nn.Module):
   """Multi-head attention (1706.03762 sec. 3.2), one fused query-key-value kernel [d, 3, k, d/k].
 
@@ -46,6 +63,18 @@ class Attention(nn.Module):
   norm_eps: float = 1e-6
   dtype: jnp.dtype = jnp.float32
   kernel_init: str = "xavier"  # a key of layers.KERNEL_INITS
+
+  @nn.nowrap
+  def qkv_params(self, width: int):
+    """The fused kernel [d, 3, k, d/k] and its offsets [3, k, d/k], in the compute type."""
+    init, shape = KERNEL_INITS[self.kernel_init], (3, self.heads, width // self.heads)
+    if init is None or self.kernel_init == "torch":
+      fused = self.fused_init or self.kernel_init == "torch"
+      fan = dict(in_axis=0, out_axis=(1, 2, 3)) if fused else dict(
+        in_axis=0, out_axis=(2, 3), batch_axis=(1,))
+      init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", **fan)
+    return (self.param("qkv_kernel", init, (width, *shape)).astype(self.dtype),
+            self.param("qkv_bias", nn.initializers.zeros, shape).astype(self.dtype))
 
   @nn.compact
   def __call__(self, x, memory=None, mask=None, *, rotate=None, bias=None, cache=None, index=0,
@@ -63,21 +92,7 @@ class Attention(nn.Module):
         are written there, and what is returned is ([b, q, d], the cache).
     """
     width = (memory if x is None else x).shape[-1]
-    head_dim = width // self.heads
-    fused = self.fused_init or self.kernel_init == "torch"
-    fan = dict(in_axis=0, out_axis=(1, 2, 3)) if fused else dict(
-      in_axis=0, out_axis=(2, 3), batch_axis=(1,))
-    init = KERNEL_INITS[self.kernel_init]
-    xavier = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", **fan)
-    kernel = self.param("qkv_kernel", xavier if init is None or self.kernel_init == "torch" else
-                        init, (width, 3, self.heads, head_dim)).astype(self.dtype)
-    offsets = self.param("qkv_bias", nn.initializers.zeros, (3, self.heads, head_dim))
-    offsets = offsets.astype(self.dtype)
-
-    def project(x, kernel, offsets):  # one matrix product however many of q, k, v are asked for
-      y = kernels.dot_general(x, kernel, (((2,), (0,)), ((), ())))           # b n s k d
-      parts = jax.lax.split(y + offsets[None, None], (1,) * len(offsets), 2)
-      return [part[:, :, 0] for part in parts]                               # b n k d, each
+    kernel, offsets = self.qkv_params(width)
 
     def norm(name, x):
       if not self.qk_norm:
@@ -104,15 +119,8 @@ class Attention(nn.Module):
                                  for old, new in zip(cache, (key, value)))
     bias = bias(plain, key) if callable(bias) else bias
     mixed = ATTENTION[self.attention](query, key, value, bias=bias, mask=mask)
-    out = Dense(width, axis=(-2, -1), name="out", dtype=self.dtype,
-                kernel_init=init or nn.initializers.xavier_uniform())(mixed)  # b q d
+    init = KERNEL_INITS[self.kernel_init] or nn.initializers.xavier_uniform()
+    out = Dense(width, (-2, -1), dtype=self.dtype, kernel_init=init, name="out")(mixed)  # b q d
     if cache is not None:
       return out, cache
-    if not return_weights:
-      return out
-    logits = jnp.einsum("bqkd,bnkd->bkqn", query, key, preferred_element_type=jnp.float32)
-    logits = logits * head_dim**-0.5
-    logits = logits if bias is None else logits + bias
-    if mask is not None:
-      logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    return out, nn.softmax(logits)
+    return (out, attention_weights(query, key, bias, mask)) if return_weights else out

@@ -166,6 +166,23 @@ class Transformer(Style):
       mask = jnp.pad(functools.reduce(jnp.logical_and, seen), around, constant_values=True)
     return mask, rotate, bias
 
+  @nn.nowrap
+  def stack(self, shape):
+    """(a block, the parameters of all of them, leaves [depth, ...]) for tokens of shape (n, d)."""
+    alpha, beta = (1.0, 1.0) if self.placement != "deepnorm" else deepnorm(
+      self.depth, self.cross, self.decoder_depth)
+    block = Block(self.heads, self.mlp_dim, self.cross, alpha, **choices(self, BlockStyle),
+                  parent=None)
+
+    def init(rng):
+      example = jnp.zeros((1, *shape), self.stream)
+      context = Context(memory=example if self.cross else None)
+      blocks = init_blocks(rng, block, self.depth, example, 0.0, context)
+      blocks = self.redraw(rng, blocks) if self.redraw else blocks
+      return blocks if beta == 1 else scaled(blocks, beta)
+
+    return block, self.param("blocks", init)
+
   @nn.compact
   def __call__(self, x, mask=None, *, memory=None, memory_mask=None, grid=None, keep=None,
                cache=None, index=0, train: bool = False, return_weights: bool | str = False):
@@ -184,24 +201,12 @@ class Transformer(Style):
       cache: `init_cache`'s, with all that stands before x; then (x, the cache with x) is returned.
       index: place of x's first token in the text, with a cache.
     """
-    alpha, beta = (1.0, 1.0) if self.placement != "deepnorm" else deepnorm(
-      self.depth, self.cross, self.decoder_depth)
-    block = Block(self.heads, self.mlp_dim, self.cross, alpha, **choices(self, BlockStyle),
-                  parent=None)
-
     if self.cross and memory is None and cache is None:
       raise ValueError("a Transformer with cross = True needs a memory, or a cache that has it")
     if memory is not None and memory.shape[-1] != x.shape[-1]:
       memory = nn.Dense(x.shape[-1], dtype=self.dtype, name="memory")(memory)  # b m d
 
-    def init(rng):
-      example = jnp.zeros((1, *x.shape[1:]), self.stream)
-      context = Context(memory=example if self.cross else None)
-      blocks = init_blocks(rng, block, self.depth, example, 0.0, context)
-      blocks = self.redraw(rng, blocks) if self.redraw else blocks
-      return blocks if beta == 1 else scaled(blocks, beta)
-
-    params = self.param("blocks", init)                                      # leaves: depth ...
+    block, params = self.stack(x.shape[1:])
     x = x.astype(self.stream)
     rates = SPREADS[self.drop_path_spread](self.drop_path, self.depth)
     streams = [name for name, rate in [("dropout", self.dropout), ("drop_path", self.drop_path)]

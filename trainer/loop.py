@@ -22,7 +22,13 @@ from trainer import recipe as recipes
 from trainer.logging import Reporter, duration, print_evaluations
 from trainer.optimizer import stop_frozen
 from trainer.preemption import Preempted, listen
-from trainer.same_run import TrainingError, check_same_data, check_same_run, keep_tokenizer
+from trainer.same_run import (
+  TrainingError,
+  check_same_data,
+  check_same_run,
+  keep_facts,
+  keep_tokenizer,
+)
 from trainer.state import make_init, make_step, phase_gradient, statistics
 
 log = logging.getLogger("vitrine")
@@ -90,7 +96,7 @@ def describe(recipe, state, start: int, workdir) -> dict[str, str]:
     "recipe": f"{config.config_name}: method {config.method.name}, model {config.model.name} "
               + str(config.model.get("variant") or ""),
     "data": f"{config.data.source}: " + ", ".join(
-      f"{n:,} {split}" for split, n in info.num_examples.items()) + " images",
+      f"{n:,} {split}" for split, n in info.num_examples.items()) + " examples",
     "devices": f"{len(devices)} x {devices[0].device_kind} ({platform.machine()}), mesh "
                + ", ".join(f"{name} {size}" for name, size in recipe.mesh.shape.items()),
     "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
@@ -132,6 +138,7 @@ def start_of(recipe, workdir: Path) -> Start:
   except (ValueError, FileNotFoundError) as error:  # what only the parameters' shapes can tell
     raise TrainingError(str(error)) from error
   check_same_run(workdir, facts["config"])
+  keep_facts(workdir, recipe.data.info)
   if recipe.data.tokenizer:
     keep_tokenizer(workdir / store.TOKENIZER, recipe.data.tokenizer.to_json())
   kept = fields.call(store.Checkpoints, recipe.checkpoint, "checkpoint", workdir=workdir,

@@ -96,14 +96,7 @@ def read_run(workdir) -> dict:
       if name not in ("step", "time"):
         curves.setdefault(name, []).append((row["step"], value))
 
-  sessions, spent = [], Counter()
-  for row in history:
-    if row["event"] == "start":
-      sessions.append({**row, "stop": None, "reason": "running, or killed"})
-    elif row["event"] == "stop" and sessions:
-      sessions[-1].update(stop=row["step"], reason=row["reason"],
-                          seconds=sum(row["spent"].values()))
-      spent.update(row["spent"])
+  sessions, spent = read_sessions(history)
   latest = sessions[-1] if sessions else {}
   step = max([row["step"] for row in rows] + [s["stop"] or s["step"] for s in sessions], default=0)
   total = config.get("total_steps", step)
@@ -111,18 +104,7 @@ def read_run(workdir) -> dict:
   changed = dict(line.removeprefix("config.").split(": ", 1) for line in latest.get("changed", ()))
   clock = [row["time"] for row in rows]
   recipe, colon, variant = config.get("config_name", "?").partition(":")
-
-  evaluations = {}  # (step, flags) -> metrics; a later one of the same takes its place
-  for row in rows:
-    if final := {name.removeprefix("eval/"): x for name, x in row.items() if name[:5] == "eval/"}:
-      evaluations = {(row["step"], ()): final}
-  for row in history:
-    if row["event"] == "evaluation":
-      evaluations[row["step"], tuple(row["changed"])] = row["metrics"]
-  tables = [{"step": at, "changed": " ".join(flags), "columns": columns, "rows": cells}
-            for (at, flags), metrics in evaluations.items()
-            for columns, cells in [evaluation_table(metrics)]]
-
+  tables = read_evaluations(rows, history)
   numbers = {"steps": f"{step:,}" + ("" if finished else f" of {total:,}"),
              "wall time": duration(sum(spent.values()) or max(clock, default=0) -
                                    min(clock, default=0))}
@@ -145,6 +127,33 @@ def read_run(workdir) -> dict:
       "evaluate": shlex.join(["python", "evaluate.py", f"--workdir={workdir}"]),
       "compare": shlex.join(["python", "evaluate.py", "--compare", str(workdir)]) + " OTHER ...",
       "notebook": f"from trainer.checkpoints import load_run\nrun = load_run({str(workdir)!r})"}}
+
+
+def read_sessions(history: Sequence[Mapping]) -> tuple[list[dict], Counter]:
+  """(each start with how it ended, the seconds spent on each thing in all of them)."""
+  sessions, spent = [], Counter()
+  for row in history:
+    if row["event"] == "start":
+      sessions.append({**row, "stop": None, "reason": "running, or killed"})
+    elif row["event"] == "stop" and sessions:
+      sessions[-1].update(stop=row["step"], reason=row["reason"],
+                          seconds=sum(row["spent"].values()))
+      spent.update(row["spent"])
+  return sessions, spent
+
+
+def read_evaluations(rows: Sequence[Mapping], history: Sequence[Mapping]) -> list[dict]:
+  """A table for the last evaluation in training, and for each one after it with its own flags."""
+  evaluations = {}  # (step, flags) -> metrics; a later one of the same takes its place
+  for row in rows:
+    if final := {name.removeprefix("eval/"): x for name, x in row.items() if name[:5] == "eval/"}:
+      evaluations = {(row["step"], ()): final}
+  for row in history:
+    if row["event"] == "evaluation":
+      evaluations[row["step"], tuple(row["changed"])] = row["metrics"]
+  return [{"step": at, "changed": " ".join(flags), "columns": columns, "rows": cells}
+          for (at, flags), metrics in evaluations.items()
+          for columns, cells in [evaluation_table(metrics)]]
 
 
 def headline(rows: Mapping[str, Mapping], most: int = 4) -> dict[str, Mapping]:

@@ -31,19 +31,31 @@ def check_same_run(workdir: Path, config: dict):
                           "remove it. Its config differs in\n  " + "\n  ".join(lines))
   elif jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(path)
+    write(path, json.dumps(config, indent=2) + "\n")
+
+
+def write(path: Path, text: str):
+  """Writes a file aside and puts it in its place: a kill leaves the whole of it or none."""
+  partial = path.with_suffix(".tmp")
+  partial.write_text(text, encoding="utf-8")
+  partial.replace(path)
+
+
+def keep_facts(workdir: Path, info):
+  """Writes down what features and classes the data of a new run has."""
+  path = workdir / store.DATA
+  if not path.exists() and jax.process_index() == 0:
+    write(path, store.data_facts(info))
 
 
 def keep_tokenizer(path: Path, now: str):
   """Writes a run's tokenizer, or raises TrainingError if another is there."""
   if path.exists():
-    if path.read_text() != now:
+    if path.read_text(encoding="utf-8") != now:
       raise TrainingError(f"the tokenizer is not that of {path}; give it, "
                           f"--config.data.tokenizer={path}, to continue the run with it")
   elif jax.process_index() == 0:
-    path.write_text(now)
+    write(path, now)
 
 
 def check_same_data(workdir: Path, saved: dict, now: dict):
