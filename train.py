@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     return show_help(args, parser)
 
   environment.prepare(args)
-  from trainer import checkpoints, loop, preemption, recipe
+  from trainer import loop, preemption, recipe, store
   try:
     config = recipe.load_config(args.config, overrides)
     built = recipe.build(config, args.data_dir)
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
   changed = recipe.differences(recipe.plain(recipe.load_config(args.config)), recipe.plain(config))
   try:
     loop.train(built, workdir, command, changed)
-  except (loop.TrainingError, checkpoints.CheckpointError) as error:
+  except (loop.TrainingError, store.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except preemption.Preempted as stop:

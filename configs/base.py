@@ -21,8 +21,8 @@ def get_base() -> ConfigDict:
     init={},  # trainer/networks.py: Init
     model={},  # models/NAME.py: make
     method={},  # methods/NAME.py: make
-    data={},  # input_pipeline/batches.py: make
-    augment={},  # input_pipeline/augment.py: make; of latents input_pipeline/latents.py
+    data={},  # input_pipeline/batches.py: open_data
+    augment={},  # input_pipeline/augment/NAME.py: make; images.py or latents.py without a name
     optimizer={},  # trainer/optimizer.py: make
     schedule={},  # trainer/schedule.py: make
     mesh=dict(data=-1, fsdp=1, tensor=1),  # trainer/sharding.py: make_mesh

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from input_pipeline import geometry
 from input_pipeline.reader import Data, Options, Reader, check_least, check_split
 from input_pipeline.sources import open_source
-from input_pipeline.splits import with_parts
 
 
 def make(source: str, *, batch_size: int, data_dir: str | None = None, seed: int = 0,
@@ -47,7 +46,9 @@ def open_data(source: str, *, batch_size: int, data_dir: str | None = None, seed
                               ("prefetch_batches", options.prefetch_batches, 1)):
     check_least(f"data.{field}", value, least)
   splits, info = open_source(source, data_dir, options.on_error, options.latents, options.held_out)
-  splits = with_parts(splits, (options.train_split, options.eval_split))
+  if "[" in f"{options.train_split}{options.eval_split}":
+    from input_pipeline.splits import with_parts
+    splits = with_parts(splits, (options.train_split, options.eval_split))
   info = info._replace(num_examples={name: len(records) for name, records in splits.items()})
   if options.eval_split is None:
     found = next((s for s in ("test", "val", "validation") if s in splits), None)

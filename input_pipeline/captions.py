@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import records
+from input_pipeline import order, records
 
 
 def scan(split, limit: int | None = None) -> Iterator[dict]:
@@ -25,6 +25,25 @@ def read_captions(split, on_error: str, limit: int | None = None) -> Iterator[tu
       if on_error == "raise":
         raise
       yield ()
+
+
+def make_tokenizer(split, options):
+  """The `text.Tokenizer` that `options`, a `reader.Options`, ask for, or None."""
+  if options.tokenizer is None:
+    return None
+  from input_pipeline import text
+  said = {name: getattr(options, name) for name in (
+    "context", "vocab_size", "lower_case", "eos_id", "pad_id", "mask_token")}
+  return text.make(options.tokenizer, itertools.chain.from_iterable(
+    read_captions(split, options.on_error, 100_000)), **said)
+
+
+def find_favourites(split, options) -> np.ndarray | None:
+  """The numbers of the examples that `options.favour` asks for; None where it says nothing."""
+  if options.favour is None:
+    return None
+  return order.find_favourites(read_captions(split, options.on_error), options.favour,
+                               options.favour_share)
 
 
 def most_captions(split) -> int:

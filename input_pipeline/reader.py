@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from input_pipeline import geometry, kinds, order, reading
-from input_pipeline.captions import encode_captions, most_captions, read_captions
 from input_pipeline.records import Feature, Info, captions, nearest
 
 
@@ -72,17 +71,6 @@ class Options(NamedTuple):
   held_out: float = 0.05  # share of the lines of a file of texts that are the split "test", (0, 1)
 
 
-def make_tokenizer(records, options: Options):
-  """The `text.Tokenizer` that a config asks for, or None."""
-  if options.tokenizer is None:
-    return None
-  from input_pipeline import text  # a run on images alone is spared the library
-  said = {name: getattr(options, name) for name in (
-    "context", "vocab_size", "lower_case", "eos_id", "pad_id", "mask_token")}
-  return text.make(options.tokenizer, itertools.chain.from_iterable(
-    read_captions(records, options.on_error, 100_000)), **said)
-
-
 class Reader:
   """Batches of any split, from memory or as they are read."""
 
@@ -92,9 +80,11 @@ class Reader:
     self.views, self.batch_size, self.options = views, batch_size, options
     self.train_split, self.eval_split = options.train_split, options.eval_split
     records, n = splits[options.train_split], info.num_examples[options.train_split]
-    self.tokenizer = make_tokenizer(records, options)
-    favourites = None if options.favour is None else order.find_favourites(
-      read_captions(records, options.on_error), options.favour, options.favour_share)
+    self.tokenizer = favourites = None
+    if options.tokenizer is not None or options.favour is not None:
+      from input_pipeline import captions
+      self.tokenizer = captions.make_tokenizer(records, options)
+      favourites = captions.find_favourites(records, options)
     self.pick = functools.partial(order.pick, n=n, seed=seed, repeats=options.repeats,
                                   favourites=favourites, share=options.favour_share)
     self.other = order.derangement(n, seed) if self.tokenizer and options.permute_text else None
@@ -216,7 +206,10 @@ class Reader:
   def streamed(self, split, numbers, batch_size, rows, index_of, is_train):
     """`read` of a split that is decoded as it is read."""
     records, on_error = self.splits[split], self.options.on_error
-    most = most_captions(records) if self.texts and numbers and not is_train else 0
+    most = 0
+    if self.texts:
+      from input_pipeline.captions import encode_captions, most_captions
+      most = most_captions(records) if numbers and not is_train else 0
     permuted = is_train and self.other is not None
 
     def example(i):

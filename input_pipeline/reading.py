@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from input_pipeline.captions import encode_captions
 from input_pipeline.records import BadRecord, tell_skipped
 
 
@@ -65,6 +64,7 @@ def load(records, parse: Callable, name: str, example: Mapping[str, jax.ShapeDty
   tell_skipped([errors[i] for i in sorted(errors)], f"the {n} records of split {name!r}")
   arrays["bad"] = np.isin(np.arange(n), [*errors])
   if texts:
+    from input_pipeline.captions import encode_captions
     arrays["captions"], arrays["num_captions"] = encode_captions(tokens, texts)
   return arrays
 

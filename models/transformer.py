@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from models import kernels, masks, positions
+from models import kernels, positions
 from models.blocks import PLACEMENTS, Block, BlockStyle, Context, choices, deepnorm, scaled
 from models.positions import KINDS
 
@@ -160,6 +160,7 @@ class Transformer(Style):
       bias = positions.BIASES[self.positions](self.param, delta, heads=heads, grid=grid,
                                               made_for=self.grid or grid, causal=self.causal)
       bias = jnp.pad(jnp.moveaxis(bias, -1, 1), around)                      # b k q n
+    from models import masks
     seen = [masks.causal(delta)] if self.causal else []
     seen += [masks.window(delta, self.window)] if self.window else []
     if seen:

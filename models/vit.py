@@ -8,7 +8,6 @@ from einops import rearrange
 
 from models import layers, positions
 from models.attention import Attention
-from models.batch_norm import BatchNorm
 from models.positions import KINDS, RESAMPLE
 from models.transformer import Style, Transformer, check, choices
 
@@ -188,6 +187,7 @@ class ViT(Style, kw_only=True):
       self.map_pool = AttentionPool(self.heads, self.mlp_dim, self.activation, self.norm,
                                     self.norm_eps, self.dtype)
     if self.probe_norm:
+      from models.batch_norm import BatchNorm
       self.head_norm = BatchNorm(self.bn_groups, affine=False, epsilon=1e-6, dtype=jnp.float32)
     if self.num_classes and self.pre_logits:
       self.representation = nn.Dense(self.pre_logits, dtype=self.dtype)

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from input_pipeline import batches, geometry
 from input_pipeline.records import image_features
-from trainer import fields, recipe
+from trainer import recipe
+from trainer.evaluation import make_predict
 from trainer.state import with_statistics
 from trainer.store import ITEMS, TOKENIZER, CheckpointError, Checkpoints, load_config, load_facts
 
@@ -111,18 +112,3 @@ def _shapes(checkpoints: Checkpoints, step: int) -> dict:
   if not sizes:
     raise CheckpointError(f"{checkpoints.directory / str(step)} is damaged: it lists no arrays")
   return {name: tree for name, tree in trees.items() if name != "params" or "ema" not in trees}
-
-
-def make_predict(method, weights: Callable, out_sharding=None) -> Callable:
-  """(name, batch, rng=None) -> NumPy outputs for one batch; `weights` is () -> (params, extra)."""
-  compiled = {name: jax.jit(function, out_shardings=out_sharding)
-              for name, function in method.predict.items()}
-
-  def predict(name, batch, rng=None):
-    if name not in compiled:
-      raise ValueError(f"no prediction {name!r}: {fields.nearest(name, sorted(compiled))}")
-    rng = jax.random.key(0) if rng is None else rng
-    batch = {key: jnp.asarray(x) for key, x in batch.items()}
-    return jax.tree.map(np.asarray, compiled[name](*weights(), batch, rng))
-
-  return predict

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from trainer import checkpoints, fields, sharding
+from trainer import fields, sharding
 from trainer.state import make_init, with_statistics
 
 
@@ -75,13 +76,34 @@ def make_collect(recipe, weights: Mapping[str, Callable]) -> Callable:
   return collect
 
 
+def make_predict(method, weights: Callable, out_sharding=None) -> Callable:
+  """(name, batch, rng=None) -> NumPy outputs for one batch; `weights` is () -> (params, extra)."""
+  compiled = {name: jax.jit(function, out_shardings=out_sharding)
+              for name, function in method.predict.items()}
+
+  def predict(name, batch, rng=None):
+    if name not in compiled:
+      raise ValueError(f"no prediction {name!r}: {fields.nearest(name, sorted(compiled))}")
+    rng = jax.random.key(0) if rng is None else rng
+    batch = {key: jnp.asarray(x) for key, x in batch.items()}
+    return jax.tree.map(np.asarray, compiled[name](*weights(), batch, rng))
+
+  return predict
+
+
+def load_run(workdir):
+  """`checkpoints.load_run`, of use to the evaluators that look at other runs."""
+  from trainer import checkpoints
+  return checkpoints.load_run(workdir)
+
+
 def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
   """(step, final) -> metrics of every evaluator in `config.evals`, named EVALUATOR/METRIC.
 
   Baselines (the untrained network, raw pixels) never change, so they run at the end only.
   """
   collect = make_collect(recipe, weights)
-  predict = checkpoints.make_predict(recipe.method, weights["trained"],
+  predict = make_predict(recipe.method, weights["trained"],
                                      sharding.replicated(recipe.mesh))
   config, data = recipe.config, recipe.data
 
@@ -90,7 +112,7 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
                       data.train_split, data.eval_split, recipe.augment.to_pixels,
                       Path(workdir) / "figures", step, final, config.seed,
                       data.tokenizer and data.tokenizer.encode,
-                      data.tokenizer and data.tokenizer.decode, checkpoints.load_run)
+                      data.tokenizer and data.tokenizer.decode, load_run)
     metrics = {}
     for label, section in config.evals.items():
       section = section.to_dict()
