@@ -180,7 +180,7 @@ def group(*, path: str, lr: float | None = None, base_lr: float | None = None,
   Args:
     path: regular expression; of several groups that match the first by name has a parameter.
     lr, base_lr: the peak rate, or that for 256 examples; None = the optimizer section's.
-    weight_decay: None = the optimizer section's.
+    weight_decay: as the optimizer section's; None = what that one is.
     decay: regular expression on the paths that decay; None = the optimizer section's.
     schedule: a section as config.schedule is, in the place of all of it; None = config.schedule.
     frozen: whether the parameters are not trained; all else is of no effect then.

@@ -212,7 +212,7 @@ class Recipe(NamedTuple):
   data: Any  # input_pipeline.batches.Data
   augment: Any  # input_pipeline.augment.Augment
   method: Any  # methods.method.Method
-  tx: Any  # optax transformation
+  tx: Any  # optax transformation; its update is told whose turn it is, phase=NAME
   rate: Callable  # step -> learning rate; rate.groups: {group: the same}
   total: int  # steps
   log_every: int  # steps
