@@ -50,10 +50,7 @@ def load_run(workdir, step: int | None = None) -> Run:
   """
   config = load_config(workdir)
   method, (features, class_names) = recipe.make_method(config), load_facts(workdir)
-  features = features or {name: feature for name, feature in image_features(
-    (None, None, config.model.get("channels")), config.model.get("num_classes") or 0,
-    "latent" if config.data.get("latents") else "image", text=True).items()
-    if name != "image" or not method.needs or name in method.needs}
+  features = features or _assumed(config, method)
   augment = recipe.make_augment(config, features)
   absl = logging.getLogger("absl")
   level = absl.level
@@ -99,6 +96,15 @@ def load_run(workdir, step: int | None = None) -> Run:
     config.data.tokenizer = str(path)  # other captions would give another one
   return Run(config, method, params, extra, step, predict, preprocess, normalise,
              tokenizer and tokenizer.encode, tokenizer and tokenizer.decode, class_names)
+
+
+def _assumed(config: ConfigDict, method) -> dict:
+  """The features of a run's data, where older code did not write them down."""
+  known = image_features((None, None, config.model.get("channels")),
+                         config.model.get("num_classes") or 0,
+                         "latent" if config.data.get("latents") else "image", text=True)
+  return {name: feature for name, feature in known.items()
+          if name != "image" or not method.needs or name in method.needs}
 
 
 def _shapes(checkpoints: Checkpoints, step: int) -> dict:
