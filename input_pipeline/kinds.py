@@ -18,6 +18,7 @@ from input_pipeline.decode import decode, decode_looks
 from input_pipeline.records import BadRecord, Feature
 
 SIDES = {"image": 0, "frames": 1, "mask": 0, "depth": 0}  # the first axis of height and width
+ALWAYS = ("label", "text")  # small, and of use to evaluations whatever the method needs
 HINTS = {"text": "; data.tokenizer makes token ids of it"}  # where batches lack it
 VIEWS = ("", "_2")  # what the name of a feature ends with, by view
 

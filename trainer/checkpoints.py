@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 from input_pipeline import batches, geometry
 from input_pipeline.records import image_features
 from trainer import recipe
-from trainer.evaluation import make_predict
-from trainer.state import with_statistics
+from trainer.state import make_predict, with_statistics
 from trainer.store import ITEMS, TOKENIZER, CheckpointError, Checkpoints, load_config, load_facts
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trainer import fields, sharding
-from trainer.state import make_init, with_statistics
+from trainer.state import make_init, make_predict, with_statistics
 
 
 class Context(NamedTuple):
@@ -74,21 +73,6 @@ def make_collect(recipe, weights: Mapping[str, Callable]) -> Callable:
     return jax.tree.map(lambda *x: np.concatenate(x)[:limit], *parts)
 
   return collect
-
-
-def make_predict(method, weights: Callable, out_sharding=None) -> Callable:
-  """(name, batch, rng=None) -> NumPy outputs for one batch; `weights` is () -> (params, extra)."""
-  compiled = {name: jax.jit(function, out_shardings=out_sharding)
-              for name, function in method.predict.items()}
-
-  def predict(name, batch, rng=None):
-    if name not in compiled:
-      raise ValueError(f"no prediction {name!r}: {fields.nearest(name, sorted(compiled))}")
-    rng = jax.random.key(0) if rng is None else rng
-    batch = {key: jnp.asarray(x) for key, x in batch.items()}
-    return jax.tree.map(np.asarray, compiled[name](*weights(), batch, rng))
-
-  return predict
 
 
 def load_run(workdir):

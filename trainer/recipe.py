@@ -132,7 +132,7 @@ def carried(data, method, config: ConfigDict):
   features, source = data.info.features, config.data.source
   base = {name: name.removesuffix("_2") for name in method.needs}
   kept = [name for name, x in features.items()
-          if name in base.values() or x.kind in ("label", "text") or not method.needs]
+          if name in base.values() or x.kind in kinds.ALWAYS or not method.needs]
   data = data.carrying(kept)
   views = ("", "_2") if config.augment.get("second_view") is not None else ("",)
   there = {name + view for name in data.spec for view in views} | {*data.spec}

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from trainer.fields import nearest
 from trainer.parts import part_of, with_part
 
 
@@ -161,3 +163,18 @@ def make_step(method, tx, augment_batch: Callable, *, seed: int, accumulate: int
     return TrainState(state.step + 1, params, opt, extra, ema, ema_statistics), of_all(metrics)
 
   return step
+
+
+def make_predict(method, weights: Callable, out_sharding=None) -> Callable:
+  """(name, batch, rng=None) -> NumPy outputs for one batch; `weights` is () -> (params, extra)."""
+  compiled = {name: jax.jit(function, out_shardings=out_sharding)
+              for name, function in method.predict.items()}
+
+  def predict(name, batch, rng=None):
+    if name not in compiled:
+      raise ValueError(f"no prediction {name!r}: {nearest(name, sorted(compiled))}")
+    rng = jax.random.key(0) if rng is None else rng
+    batch = {key: jnp.asarray(x) for key, x in batch.items()}
+    return jax.tree.map(np.asarray, compiled[name](*weights(), batch, rng))
+
+  return predict
