@@ -16,6 +16,8 @@ def get_base() -> ConfigDict:
     ema_gamma=0.0,  # power-function average instead, of a longer and longer past; 0 = none
     eval_batch_size=256,
     wandb=False,  # log to Weights & Biases too
+    own_data=False,  # whether what the data cannot have is settled or left out, and said, in the
+    #                  place of an error; set by a data.source of another kind than the recipe's
     expect="",  # what the recipe reaches, shown at the start
     log_every_steps=20,
     init={},  # trainer/networks.py: Init
@@ -29,3 +31,17 @@ def get_base() -> ConfigDict:
     checkpoint=dict(keep=2),  # trainer/store.py: Checkpoints
     evals={},  # evaluators/NAME.py: evaluate
   ))
+
+
+def own_data(config: ConfigDict) -> None:
+  """Takes from a recipe what is true of its own data alone, where it is used on other data."""
+  config.own_data, config.expect = True, ""
+  _leave_out(config.data, "favour", "favour_share", "train_split", "eval_split")
+  config.data.batch_at_most = True
+  for section in config.evals.values():
+    _leave_out(section, "split", "classes", "templates", "unique")
+
+
+def _leave_out(section: ConfigDict, *names: str) -> None:
+  for name in set(names) & set(section):
+    del section[name]

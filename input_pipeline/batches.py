@@ -57,6 +57,8 @@ def open_data(source: str, *, batch_size: int, data_dir: str | None = None, seed
   if options.eval_split is not None:
     check_split("data.eval_split", options.eval_split, splits)
   records = splits[options.train_split]
+  if batch_size > len(records) and options.batch_at_most:
+    batch_size = 2 ** (len(records).bit_length() - 1)
   if batch_size > len(records):
     raise ValueError(f"data.batch_size={batch_size} is larger than the {len(records)} examples of "
                      f"split {options.train_split!r}")

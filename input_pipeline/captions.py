@@ -9,16 +9,9 @@ import numpy as np
 from input_pipeline import order, records
 
 
-def scan(split, limit: int | None = None) -> Iterator[dict]:
-  """The records of a split, or a spread of at most `limit`, in order."""
-  indices = range(0, len(split), -(-len(split) // limit) if limit else 1)
-  for start in range(0, len(indices), 256):
-    yield from split.__getitems__(indices[start:start + 256])
-
-
 def read_captions(split, on_error: str, limit: int | None = None) -> Iterator[tuple[str, ...]]:
-  """The captions of each record of a `scan`; none of a bad one that is skipped."""
-  for record in scan(split, limit):
+  """The captions of each record of a `records.scan`; none of a bad one that is skipped."""
+  for record in records.scan(split, limit):
     try:
       yield records.captions(record)
     except records.BadRecord:
@@ -50,7 +43,7 @@ def most_captions(split) -> int:
   """Of the image that has most. Where one record's text is a string, so is every other's."""
   if not isinstance(split[0].get("text"), tuple):
     return 1
-  return max(len(record["text"]) for record in scan(split))
+  return max(len(record["text"]) for record in records.scan(split))
 
 
 def encode_captions(tokens: Any, captions: list[tuple[str, ...]],

@@ -5,6 +5,7 @@ follows from (seed, n) alone: not from where reading began, nor from how many pr
 share it. Small data is decoded once and gathered from memory; the rest is decoded as it is read.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from input_pipeline import geometry, kinds, order, reading
-from input_pipeline.records import Feature, Info, captions, nearest
+from input_pipeline.records import BadRecord, Feature, Info, captions, nearest, scan
 
 
 class Data(NamedTuple):
@@ -47,6 +48,8 @@ class Options(NamedTuple):
   eval_split: str | None = None  # what evaluation reads if it is asked for no split; None = test,
   #                                val or validation
   cache_bytes: int = 2**30  # for the decoded images of one split; 0 = always stream
+  batch_at_most: bool = False  # whether fewer training examples than batch_size lower it, to a
+  # power of two
   workers: int = 0  # processes that decode when streaming; 0 = threads of this process
   prefetch_batches: int = 2  # batches (when streaming: of each worker) made ahead
   repeats: int = 1  # times that an example is drawn in a row, augmented anew (1901.09335)
@@ -90,6 +93,18 @@ class Reader:
     self.other = order.derangement(n, seed) if self.tokenizer and options.permute_text else None
     self.arrays = {}  # split -> what is held in memory
     self.skipped = {split: {} for split in splits}  # number -> error, of what was streamed so far
+
+  def typical_size(self) -> tuple[int, int]:
+    """The images' (height, width), or squares of the median shorter side where these differ."""
+    shape = self.info.image_shape[:2]
+    if None not in shape:
+      return shape
+    from input_pipeline.decode import opened
+    sides = []
+    for record in scan(self.splits[self.train_split], 64):
+      with contextlib.suppress(BadRecord), opened(record) as image:
+        sides.append(min(image.size))
+    return (int(np.median(sides)),) * 2
 
   def carrying(self, names: Iterable[str] | None = None) -> Data:
     """`Data` of these features alone; None: of all. Raises ValueError where sizes must be said."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -79,6 +79,13 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
   """The end of an error message: what is allowed, and the nearest spelling to `name`."""
   close = get_close_matches(name, allowed, 1)
   return f"allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def scan(split, limit: int | None = None) -> Iterator[dict]:
+  """The records of a split, or a spread of at most `limit`, in order."""
+  indices = range(0, len(split), -(-len(split) // limit) if limit else 1)
+  for start in range(0, len(indices), 256):
+    yield from split.__getitems__(indices[start:start + 256])
 
 
 def utf8(data: bytes) -> str:

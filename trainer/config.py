@@ -3,12 +3,14 @@
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.base import own_data
 from trainer import fields
 
 UNITS = ("steps", "epochs", "examples")
@@ -62,8 +64,13 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> Config
   module, (path, _, variant) = config_module(name), name.partition(":")
   config = module.get_config(variant)
   config.config_name = Path(path).stem + (f":{variant}" if variant else "")
+  source = _parse((overrides or {}).get("data.source", "none"))
+  if source and re.split("[:/]", str(source))[0] != re.split("[:/]", config.data.source)[0]:
+    own_data(config)  # before the flags, which may say otherwise
   for key, text in (overrides or {}).items():
     override(config, key, text)
+  if "data.batch_size" in (overrides or {}) and "batch_at_most" in config.data:
+    del config.data.batch_at_most
   return config
 
 

@@ -6,6 +6,8 @@ anything runs, and errors speak in the config's words.
 
 import importlib.util
 import inspect
+import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from trainer.config import override as override
 from trainer.config import plain as plain
 from trainer.networks import FROM_TEXT, make_model, split_name
 
+log = logging.getLogger("vitrine")
+
 
 def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) -> ConfigDict:
   """Writes into the config what it leaves to the data: steps, and the FROM_DATA of its model.
@@ -38,7 +42,7 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   model = config.model
   module = fields.find_module("models", model.name, "config.model.name")
   if info.image_shape is not None:
-    fill_images(config, info.image_shape, "image_size" in fields.accepted(module.make))
+    fill_images(config, info.image_shape, fields.accepted(module.make))
   for name, field in fields.accepted(module.make).items():
     if "none" in fields.choices(field.hint) and name in model and model[name] is None:
       model[name] = "none"
@@ -52,8 +56,39 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   return config
 
 
-def fill_images(config: ConfigDict, shape: tuple, asks_size: bool):
-  """Writes the images' size and channels into a config; `asks_size` says if its model needs one.
+def settle_size(config: ConfigDict, native: tuple[int, int], most: int = 64):
+  """Images of a size that the model's patch divides, for one who brings own images and says none.
+
+  Their ratio stays, nearly; the shorter side is at most `most` pixels, as recipes that were made
+  for small images would take long for large ones.
+  """
+  variant = str(config.model.get("variant") or "")
+  patch = config.model.get("patch") or int(variant.partition("/")[2] or 1)
+  scale = min(1, most / min(native))
+  size = tuple(patch * max(1, math.ceil(side * scale / patch - 1e-9)) for side in native)
+  if size != native:
+    config.augment.image_size = size
+    log.warning("own data: images of about %dx%d pixels are seen at augment.image_size = (%d, %d)"
+                "%s", *native, *size, f", which patches of {patch} divide" if patch > 1 else "")
+
+
+def settle(config: ConfigDict, data) -> ConfigDict:
+  """A config with the size and number of images that own data has, where it does not say them."""
+  config = ConfigDict(config.to_dict())
+  if config.data.batch_size != data.batch_size:
+    log.warning("own data: data.batch_size = %d in the place of %d, of %d training examples",
+                data.batch_size, config.data.batch_size, data.info.num_examples[data.train_split])
+    config.data.batch_size = data.batch_size
+  module = fields.find_module("models", config.model.name, "config.model.name")
+  if data.info.image_shape is not None and config.augment.get("image_size") is None and (
+      "image_size" in fields.accepted(module.make)) and not config.data.get("latents"):
+    settle_size(config, data.typical_size())
+    data.views = make_views(config)
+  return config
+
+
+def fill_images(config: ConfigDict, shape: tuple, accepted: Mapping):
+  """Writes the images' size and channels into a config, whose model has `accepted` fields.
 
   Raises ValueError where it does and the images differ in size, or in channels from the config's.
   """
@@ -62,7 +97,7 @@ def fill_images(config: ConfigDict, shape: tuple, asks_size: bool):
                      ("num_classes", int | None)):
     fields.check(fields.plain(model.get(name)), hint, f"config.model.{name}")
   if config.augment.get("image_size") is None:
-    if h is None and not asks_size:
+    if h is None and "image_size" not in accepted:
       return
     if h is None:
       raise ValueError("config.augment.image_size: the images differ in size, so say which to use")
@@ -230,6 +265,8 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   mesh = fields.call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
   data = open_data(config, data_dir) if data is None else data
   info, train_size = data.info, data.info.num_examples[data.train_split]
+  if config.own_data:
+    config = settle(config, data)
   config = fill_from_data(config, info, train_size, data.tokenizer)
   batch_size = config.data.batch_size
   sharding.check_batch(batch_size, config.accumulate, mesh)
