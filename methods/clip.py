@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from losses import contrastive
 from methods.image_predictions import image_predictions
-from methods.method import Method
+from methods.method import Contrast, Method
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -60,18 +60,21 @@ def make(model, *, batch_size: int, loss: Literal["softmax", "sigmoid"] = "softm
     extra = dict(model.init(rng, batch["image"], batch["text"]))
     return extra.pop("params"), extra
 
-  def compute_loss(params, extra, batch, rng, step):
-    (image, text, logit_scale, logit_bias), extra = model.apply(
+  def embed(params, extra, batch, rng, step):
+    (image, text, *_), extra = model.apply(
       {"params": params, **extra}, batch["image"], batch["text"], train=True,
       image_train=image_train, mutable=["batch_stats"], rngs={"dropout": rng, "drop_path": rng})
-    scale = scale_of(logit_scale)
+    return (image, text), extra
+
+  def compare(params, features, step):
+    (image, text), scale = features, scale_of(params["logit_scale"])
     if loss == "softmax":
       value = contrastive.clip_loss(image, text, scale, chunk)
     else:
-      value = contrastive.siglip_loss(image, text, scale, logit_bias, chunk)
+      value = contrastive.siglip_loss(image, text, scale, params["logit_bias"], chunk)
     image, text, scale = jax.lax.stop_gradient((image, text, scale))
     hit = contrastive.nearest_text(image, text, chunk) == jnp.arange(image.shape[0])
-    return value.mean(), (extra, {"logit_scale": scale, "top1": hit.astype(jnp.float32).mean()})
+    return value.mean(), {"logit_scale": scale, "top1": hit.astype(jnp.float32).mean()}
 
   def run(name, params, extra, x, **kwargs):
     return model.apply({"params": params, **extra}, x, method=name, **kwargs)
@@ -84,4 +87,5 @@ def make(model, *, batch_size: int, loss: Literal["softmax", "sigmoid"] = "softm
     embed_image=lambda params, extra, batch, rng: run("embed_image", params, extra, batch["image"]),
     embed_text=lambda params, extra, batch, rng: run("embed_text", params, extra, batch["text"]),
     logit_scale=lambda params, extra, batch, rng: scale_of(params["logit_scale"]))
-  return Method(init, compute_loss, predict, statistics="batch_stats", needs=("image", "text"))
+  return Method(init, Contrast(embed, compare), predict, statistics="batch_stats",
+                needs=("image", "text"))

@@ -1,5 +1,6 @@
 """The contract between a learning method and the training loop."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -14,6 +15,23 @@ class Phase(NamedTuple):
   loss: Callable  # (params, extra, batch, rng, step) -> (scalar, (extra, metrics))
   part: str = ""  # regular expression on the paths of what it trains; "": all parameters
   times: int = 1  # how often it is taken in a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+  """A loss that compares the examples of a batch with each other, to be called as any other.
+
+  In two stages, so that where a batch comes in parts (`config.accumulate`) the features of all of
+  them are compared: as many negatives, with the memory of one part.
+  """
+
+  embed: Callable  # (params, extra, batch, rng, step) -> (features, a tree [b, ...]; extra)
+  compare: Callable  # (params, features, step) -> (scalar, metrics)
+
+  def __call__(self, params, extra, batch, rng, step):
+    features, extra = self.embed(params, extra, batch, rng, step)
+    loss, metrics = self.compare(params, features, step)
+    return loss, (extra, metrics)
 
 
 class Method(NamedTuple):

@@ -10,7 +10,7 @@ import optax
 from losses import contrastive
 from losses.classification import topk_correct
 from methods.image_predictions import image_predictions
-from methods.method import Method
+from methods.method import Contrast, Method
 
 SCHEDULES = {
   # (momentum, share of the run) -> momentum
@@ -88,21 +88,26 @@ def queue_loss(run, params, extra, batch, rng, step, temperature: float, shuffle
   return value, extra, {**metrics_of(query, logits, label, temperature), "queue_age": age}
 
 
-def batch_loss(run, params, extra, batch, rng, temperature: float):
-  """Algorithm 1 of 2104.02057: ctr(q1, k2) + ctr(q2, k1), each times 2 tau. As `queue_loss`."""
+def embed_views(run, params, extra, batch, rng):
+  """(q1, q2, k1, k2, each unit-norm [b, d]; `extra` after them) of two views: no queue, as v3."""
   rngs = jax.random.split(rng, 4)
   q1, stats = run(params, extra["stats"], batch["image"], rngs[0])
   q2, stats = run(params, stats, batch["image_2"], rngs[1])
   keys, key_stats = extra["momentum_params"], extra["momentum_stats"]
   k1, key_stats = run(keys, key_stats, batch["image"], rngs[2], "encode")
   k2, key_stats = run(keys, key_stats, batch["image_2"], rngs[3], "encode")
+  return (q1, q2, k1, k2), {**extra, "stats": stats, "momentum_stats": key_stats}
+
+
+def compare_views(features, temperature: float):
+  """Algorithm 1 of 2104.02057: ctr(q1, k2) + ctr(q2, k1), each times 2 tau -> (scalar, metrics)."""
+  q1, q2, k1, k2 = features
   label = jnp.arange(q1.shape[0])
   logits = contrastive.batch_logits(q1, k2, temperature)
   value = 2 * temperature * (
     contrastive.info_nce(logits, label)
     + contrastive.info_nce(contrastive.batch_logits(q2, k1, temperature), label))
-  extra = {**extra, "stats": stats, "momentum_stats": key_stats}
-  return value, extra, metrics_of(q1, logits, label, temperature)
+  return value.mean(), jax.lax.stop_gradient(metrics_of(q1, logits, label, temperature))
 
 
 def metrics_of(query, logits, label, temperature: float) -> dict:
@@ -165,15 +170,19 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
                            mutable=["batch_stats"], rngs={"dropout": rng, "drop_path": rng})
     return contrastive.normalize(y[0] if method else y), stats
 
-  def loss(params, extra, batch, rng, step):
+  def moved(params, extra, step):
     m = SCHEDULES[momentum_schedule](momentum, step / total_steps)
-    extra = update_momentum(params, extra, m, step)
-    if queue_size:
-      value, extra, metrics = queue_loss(run, params, extra, batch, rng, step, temperature,
-                                         shuffles)
-    else:
-      value, extra, metrics = batch_loss(run, params, extra, batch, rng, temperature)
+    return update_momentum(params, extra, m, step)
+
+  def against_queue(params, extra, batch, rng, step):
+    value, extra, metrics = queue_loss(run, params, moved(params, extra, step), batch, rng, step,
+                                       temperature, shuffles)
     return value.mean(), (extra, jax.lax.stop_gradient(metrics))
+
+  loss = against_queue if queue_size else Contrast(
+    lambda params, extra, batch, rng, step: embed_views(
+      run, params, moved(params, extra, step), batch, rng),
+    lambda params, features, step: compare_views(features, temperature))
 
   def encode(params, extra, batch, **kwargs):
     return model.apply({"params": params, **extra["stats"]}, batch["image"], method="encode",

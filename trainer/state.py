@@ -1,6 +1,7 @@
 """The training state and one step on it: gradient, accumulation, optimizer, EMA."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,35 +64,17 @@ def phase_gradient(phase, stop: Callable, params, *rest):
   return jax.value_and_grad(loss, has_aux=True)(part_of(params, phase.part), *rest)
 
 
-def parts(batch, n: int):
-  """[n, ...] of a batch. Part j has rows j, j + n, ...: so each device keeps its own rows."""
-  return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
 def make_turn(name: str, phase, tx, accumulate: int, stop: Callable, mesh) -> Callable:
   """((params, opt, extra), batch, rng, step) -> (the same three, metrics): one phase of a step."""
-  def gradients(*args):
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
-      return phase_gradient(phase, stop, *args)
-
-  def accumulated(params, extra, batch, rng, step):
-    def one(carry, part):
-      extra, grads = carry
-      index, part = part
-      (loss, (extra, metrics)), new = gradients(params, extra, part,
-                                                jax.random.fold_in(rng, index), step)
-      return (extra, jax.tree.map(jnp.add, grads, new)), (loss, metrics)
-
-    zeros = jax.tree.map(jnp.zeros_like, part_of(params, phase.part))
-    (extra, grads), (loss, metrics) = jax.lax.scan(
-      one, (extra, zeros), (jnp.arange(accumulate), parts(batch, accumulate)))
-    mean = jax.tree.map(lambda x: x.mean(0), (loss, metrics))
-    return (mean[0], (extra, mean[1])), jax.tree.map(lambda g: g / accumulate, grads)
+  run = gradients = functools.partial(phase_gradient, phase, stop)
+  if max(accumulate, phase.times) > 1:
+    from trainer.accumulation import accumulated, parts
+    run = accumulated(gradients, phase, stop, accumulate) if accumulate > 1 else run
 
   def once(carry, batch, rng, step):
     params, opt, extra = carry
-    run = gradients if accumulate == 1 else accumulated
-    (loss, (extra, metrics)), grads = run(params, extra, batch, rng, step)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
+      (loss, (extra, metrics)), grads = run(params, extra, batch, rng, step)
     own = part_of(params, phase.part)
     updates, opt = tx.update(grads, opt, own, phase=name)
     params = with_part(params, optax.apply_updates(own, updates))
