@@ -112,6 +112,9 @@ def import_weights(args, overrides) -> str:
   from trainer import recipe, store
   from trainer.state import TrainState
   source = files.read(args.source, args.weights)
+  prefix = published.wrapper(source.tensors)
+  source = source._replace(tensors={
+    name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()})
   form = published.recognise(source.tensors, source.config, args.format)
   names = form.canonical(source.tensors)
   shapes = {name: source.tensors[theirs].shape for name, theirs in names.items()}
@@ -158,7 +161,8 @@ def import_weights(args, overrides) -> str:
   entries += formats.assumed(form, config.model, source.config, given.model)
   if form.images:
     entries += preprocessing.assumed(config.augment, source, overrides)
-  return f"{source.path}: {form.name}\n{layout.show(entries)}\nwritten to {args.to}"
+  told = f"; {prefix!r} taken off all {len(source.tensors)} names" if prefix else ""
+  return f"{source.path}: {form.name}{told}\n{layout.show(entries)}\nwritten to {args.to}"
 
 
 def export_weights(args) -> str:

@@ -22,25 +22,31 @@ from train import parse_overrides
 from trainer import environment, report
 
 
-def classify_images(run, pattern: str, classes: str, templates: list[str]) -> list[dict]:
-  """[{"image": path, class: probability, ...}] of the files that `pattern` matches."""
+def classify_images(run, pattern: str, classes: list[str],
+                    templates: list[str]) -> tuple[list[dict], list[str]]:
+  """([{"image": path, class: probability, ...}] of the files that `pattern` matches, errors)."""
   from evaluators import retrieval, zero_shot
   from input_pipeline.decode import decode
+  from input_pipeline.records import BadRecord
   if run.tokenize is None:
     raise ValueError("--zero_shot.classes needs a run on images and texts, as of configs/clip.py")
   paths = sorted(glob.glob(pattern, recursive=True))
   if not paths:
     raise FileNotFoundError(f"--images={pattern}: no such file")
-  names = zero_shot.parse_classes(classes)
+  names = zero_shot.parse_classes(classes[0] if len(classes) == 1 else classes)
   text = zero_shot.class_embeddings(
     lambda prompts: retrieval.embed_text(run.predict, run.tokenize(prompts)), names, templates)
-  scale, rows = run.predict("logit_scale", {}), []
+  scale, rows, errors = run.predict("logit_scale", {}), [], []
   for path in paths:
-    pixels = decode({"image": Path(path), "name": path}, run.config.model.channels)
+    try:
+      pixels = decode({"image": Path(path), "name": path}, run.config.model.channels)
+    except BadRecord as error:
+      errors.append(str(error))
+      continue
     image = run.predict("embed_image", {"image": run.preprocess(pixels[None])})
     chances = zero_shot.classify(image, text, scale)[0]
     rows.append({"image": path, **dict(zip(names, map(float, chances)))})
-  return rows
+  return rows, errors
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -51,7 +57,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
   parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
   parser.add_argument("--data_dir", help="where data sets are looked for")
   parser.add_argument("--images", help="a pattern of image files, with --zero_shot.classes")
-  parser.add_argument("--zero_shot.classes", dest="classes", help="names, with commas between")
+  parser.add_argument("--zero_shot.classes", dest="classes", action="append",
+                      help="names, with commas between; or the flag for each name, which may then "
+                      "hold commas; or @FILE, with a name a line")
   parser.add_argument("--zero_shot.template", dest="templates", action="append",
                       help="a prompt with {} for the name; several are averaged; default '{}'")
   parser.add_argument("--compare", nargs="+", metavar="DIR", help="run directories")
@@ -84,9 +92,11 @@ def main(argv: list[str] | None = None) -> int:
   try:
     run = checkpoints.load_run(args.workdir, args.step)
     if args.images:
-      rows = classify_images(run, args.images, args.classes, args.templates or ["{}"])
+      rows, errors = classify_images(run, args.images, args.classes, args.templates or ["{}"])
       print(json.dumps(rows)) if args.json else print_images(rows)
-      return 0
+      for text in errors:
+        print(f"error: {text}", file=sys.stderr)
+      return int(bool(errors))
     config = recipe.ConfigDict(run.config.to_dict())
     if "model.patch" in overrides:
       config.model.image_size = None  # that of the images as they will be

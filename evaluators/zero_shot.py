@@ -1,5 +1,7 @@
 """Zero-shot classification: an image's class is the one whose prompts are most similar to it."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,18 @@ from evaluators import checks, retrieval
 
 
 def parse_classes(classes):
-  """Class names: "a, b" or a sequence of names -> tuple of str. A name must not be empty."""
-  parts = classes.split(",") if isinstance(classes, str) else np.atleast_1d(classes)
+  """Class names: "a, b", "@FILE" of a name a line, or a sequence of names -> tuple of str.
+
+  A name must not be empty. Raises ValueError where one is, or the file cannot be read.
+  """
+  if isinstance(classes, str) and classes.startswith("@"):
+    try:
+      parts = Path(classes[1:]).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(f"evals.zero_shot.classes={classes!r}: {error}") from error
+    parts = [part for part in parts if part.strip()]
+  else:
+    parts = classes.split(",") if isinstance(classes, str) else np.atleast_1d(classes)
   names = tuple(str(part).strip() for part in parts)
   if not names or "" in names:
     raise ValueError(f"evals.zero_shot.classes={classes!r} must be names, none of them empty")
@@ -58,7 +70,8 @@ def evaluate(context, classes: str | tuple[str, ...] | None = None,
   """Top-1 and (of more than five classes) top-5 accuracy of `class_embeddings`, in [0, 1].
 
   Args:
-    classes: names in the order of the labels, "a, b" or a tuple; None = the data's own.
+    classes: names in the order of the labels, "a, b", "@FILE" with a name a line, or a tuple;
+      None = the data's own.
     templates: see `class_embeddings`.
     split: which; None = the evaluation split.
     examples: images that the figure shows, the first of the split; 0 = no figure.

@@ -52,6 +52,17 @@ def recognise(names: Iterable[str], config: Mapping, wanted: str = "") -> Format
 
 
 VIT_HF = FORMATS["vit/hf"]
+# Of what people train in: DDP, torch.compile, Lightning, teacher and student, averages.
+WRAPPERS = ("module", "_orig_mod", "model", "student", "teacher", "network", "net")
+
+
+def wrapper(names: Iterable[str]) -> str:
+  """What wrappers put before all names alike, as "module._orig_mod."; "" where they put nothing."""
+  names, prefix = list(names), ""
+  while len(begins := {name.partition(".")[0] for name in names}) == 1 and begins < {*WRAPPERS}:
+    (found,) = begins
+    prefix, names = f"{prefix}{found}.", [name.removeprefix(f"{found}.") for name in names]
+  return prefix
 
 
 def fields(network: nn.Module, config: Mapping) -> dict:

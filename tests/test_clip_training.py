@@ -1,6 +1,7 @@
 """CLIP end to end: it learns what captions say and nothing else, own folders, a locked tower."""
 
 import json
+from pathlib import Path
 
 import chex
 import numpy as np
@@ -65,6 +66,26 @@ def test_own_images_by_class_name(learned, data_dir, tmp_path, capsys):
   assert "00_" in capsys.readouterr().out
   assert evaluate.main([flags[0], f"--images={tmp_path}/*.jpg", flags[2]]) == 1
   assert "no such file" in capsys.readouterr().err
+
+
+def test_names_that_hold_commas_and_files_that_are_no_images(learned, tmp_path, capsys):
+  Image.new("L", (16, 16)).save(tmp_path / "a.png")
+  (tmp_path / "b.png").write_bytes(b"no image")
+  Image.new("L", (16, 16), 255).save(tmp_path / "c.png")
+  (tmp_path / "names.txt").write_text("digit one, serif\n\ndigit two, sans\n", encoding="utf-8")
+  names = ["digit one, serif", "digit two, sans"]
+  flags = [f"--workdir={learned}", f"--images={tmp_path}/*.png", "--json"]
+  capsys.readouterr()
+  for said in ([f"--zero_shot.classes={name}" for name in names],
+               [f"--zero_shot.classes=@{tmp_path}/names.txt"]):
+    assert evaluate.main([*flags, *said]) == 1  # one file could not be read
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert [Path(row.pop("image")).name for row in rows] == ["a.png", "c.png"]
+    assert all([*row] == names for row in rows)
+    assert err.count("error: cannot decode the image") == 1 and "b.png" in err
+  assert evaluate.main([*flags, "--zero_shot.classes=@nowhere.txt"]) == 1
+  assert "nowhere.txt" in capsys.readouterr().err
 
 
 def test_the_tokenizer_comes_back_with_the_run(learned):

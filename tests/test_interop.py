@@ -173,6 +173,17 @@ FULL = {  # file -> (format, parameters in all, of them not ours, the model's fi
 
 
 @pytest.mark.parametrize("name", FULL)
+def test_what_a_wrapper_puts_before_all_names_is_taken_off(name):
+  """DDP, torch.compile, Lightning and what they make of each other; never what a format says."""
+  names = listed(name)
+  assert interop.wrapper(names) == ""
+  for prefix in ("module.", "_orig_mod.", "model.", "student.", "module._orig_mod.",
+                 "model.module."):
+    assert interop.wrapper([prefix + n for n in names]) == prefix
+  assert interop.wrapper(["module." + n for n in names] + ["n_averaged"]) == ""
+
+
+@pytest.mark.parametrize("name", FULL)
 def test_full_size_names_and_shapes_map_one_to_one(name):
   shapes, (wanted, count) = listed(name), FULL[name]
   config = {"architecture": name, "quick_gelu": True, "vision_cfg": {}, "text_cfg": {}}
