@@ -157,7 +157,7 @@ def import_weights(args, overrides) -> str:
     files.write(folder / ASIDE, aside, {
       "format": form.name, "names": json.dumps(renamed), "config": json.dumps(source.config)})
     if tokenizer:
-      (folder / store.TOKENIZER).write_text(tokenizer.to_json())
+      (folder / store.TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
   entries += formats.assumed(form, config.model, source.config, given.model)
   if form.images:
     entries += preprocessing.assumed(config.augment, source, overrides)

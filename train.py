@@ -7,13 +7,14 @@ SIGINT stopped it and the same command will continue it, 1 otherwise.
 """
 
 import argparse
+import contextlib
+import os
 import shlex
 import sys
 from pathlib import Path
 
 from trainer import environment
-
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+from trainer.environment import PREEMPTED
 
 
 def parse_overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -61,31 +62,43 @@ def main(argv: list[str] | None = None) -> int:
     return show_help(args, parser)
 
   environment.prepare(args)
-  from trainer import loop, preemption, recipe, store
-  try:
-    config = recipe.load_config(args.config, overrides)
-    built = recipe.build(config, args.data_dir)
-  except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  workdir = args.workdir or Path("runs") / config.config_name.replace(":", "_")
+  from trainer import loop, preemption, store
+  command = shlex.join(["python", *(["train.py", *argv] if argv is not None else sys.argv)])
+  with contextlib.closing(preemption.Signals(command)) as signals:
+    try:
+      return train(args, overrides, command, signals)
+    except (ValueError, OSError, loop.TrainingError, store.CheckpointError) as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 1
+    except preemption.Preempted as stop:
+      print(f"{stop}\ncontinue with: {command}", file=sys.stderr)
+      return PREEMPTED
+
+
+def train(args, overrides: dict[str, str], command: str, signals) -> int:
+  """What the flags ask for. Raises ValueError or OSError on a wrong config, and as `loop.train`."""
+  from trainer import loop, preemption, recipe, same_run
+  config = recipe.load_config(args.config, overrides)
+  workdir = Path(args.workdir or Path("runs") / config.config_name.replace(":", "_"))
+  built = signals.at_once(
+    lambda: recipe.build(same_run.without_other_runs(config, workdir), args.data_dir),
+    preemption.before)
   if args.print_config:
     from trainer import help
     help.print_config(built, workdir)
     return 0
-  command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
   changed = recipe.differences(recipe.plain(recipe.load_config(args.config)), recipe.plain(config))
-  try:
-    loop.train(built, workdir, command, changed)
-  except (loop.TrainingError, store.CheckpointError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except preemption.Preempted as stop:
-    print(f"{stop}\ncontinue with: {command}", file=sys.stderr)
-    return PREEMPTED
+  loop.train(built, workdir, command, changed, signals)
   return 0
 
 
 if __name__ == "__main__":
   environment.keep_memory()
-  sys.exit(main())
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors="backslashreplace")  # a name must not end a run, in no locale
+  status = main()
+  if status == PREEMPTED:  # threads that still compile or decode would be waited for
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  sys.exit(status)

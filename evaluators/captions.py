@@ -55,6 +55,15 @@ def spell(detokenize, ids) -> tuple[list[str], list[list[int]]]:
   return text.split(), places
 
 
+def check(facts, split, limit, baselines, examples):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  checks.at_least(facts.name, limit=(limit, 1), examples=(examples, 0))
+  checks.all_known(facts.name, "baselines", baselines, BASELINES)
+  checks.has_texts(facts.name, facts)
+  checks.has_split(facts, split)
+  checks.has_prediction(facts, "caption")
+
+
 def evaluate(context, split: str | None = None, limit: int | None = None,
              baselines: tuple[str, ...] = (), examples: int = 8):
   """`score` of the prediction `caption` and, under its own prefix, of what needs no learning.

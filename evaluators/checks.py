@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +33,71 @@ def all_known(evaluator: str, field: str, names: Iterable[str], known: Collectio
       near = difflib.get_close_matches(str(name), known, 1, 0)
       raise ValueError(f"evals.{evaluator}.{field}: {name!r} is not one of {', '.join(known)}; did "
                        f"you mean {near[0]!r}?")
+
+
+# --- What the facts of a run tell before its first step -------------------------------------------
+# `facts` is trainer.recipe.Facts; an evaluator's `check` gets it, and the fields of `evaluate`.
+
+def has_split(facts, split: str | None = None, field: str = "split") -> int:
+  """How many examples a split has, None being the evaluation split. ValueError if there is none."""
+  sizes = facts.info.num_examples
+  if split is None and facts.eval_split is None:
+    raise ValueError(
+      f"evals.{facts.name}: the data has no split to evaluate on (test, val, validation), only "
+      f"{', '.join(sizes)}: set --config.data.eval_split={facts.train_split}, or "
+      f"--config.evals.{facts.name}=none")
+  all_known(facts.name, field, (split or facts.eval_split,), sizes)
+  return sizes[split or facts.eval_split]
+
+
+def has_prediction(facts, *names: str, field: str = "", pixels: bool = False):
+  """Raises ValueError where the method lacks one of the predictions; `pixels` may be one or not."""
+  for name in names:
+    if name not in facts.predictions and not (pixels and name == "pixels"):
+      said = f"evals.{facts.name}.{field} = {name!r}" if field else f"evals.{facts.name}"
+      raise ValueError(f"{said} needs the prediction {name!r}, which this method has not; it has "
+                       f"{', '.join(sorted(facts.predictions))}. "
+                       f"--config.evals.{facts.name}=none leaves this evaluation out")
+
+
+def is_run(facts, field: str, workdir: str, rest: str = ""):
+  """Raises ValueError where a local folder is no run directory."""
+  if "://" not in workdir and not (Path(workdir).expanduser() / "config.json").is_file():
+    raise ValueError(f"evals.{facts.name}.{field} = {workdir!r} holds no run: no config.json there"
+                     + rest)
+
+
+def fewest_of_a_class(facts, limit: int | None) -> int:
+  """At most how many of the first `limit` training examples the rarest class has.
+
+  Exact where the records are in memory; else what many classes must share.
+  """
+  classes, n = facts.info.num_classes, facts.info.num_examples[facts.train_split]
+  labels = [row["label"] for row in facts.records.get(facts.train_split, ())[:limit]]
+  if labels:
+    return int(np.bincount(labels, minlength=classes).min())
+  return (n if limit is None else min(n, limit)) // classes
+
+
+# --- What an evaluation finds ---------------------------------------------------------------------
+
+def applying(evaluator: str, predictions, figures, needs) -> tuple[str, ...]:
+  """The figures, of `needs` {figure: its prediction}, that are asked for (None: all) and can be.
+
+  Raises ValueError where one of them is not known or cannot be drawn, or none is left.
+  """
+  figures = (figures,) if isinstance(figures, str) else figures
+  all_known(evaluator, "figures", figures or (), needs)
+  for name in figures or ():
+    if needs[name] not in predictions:
+      raise ValueError(f"evals.{evaluator}.figures: {name!r} needs the prediction "
+                       f"{needs[name]!r}, which this method has not on this network")
+  found = tuple(name for name in needs if needs[name] in predictions and (
+    figures is None or name in figures))
+  if not found:
+    raise ValueError(f"evals.{evaluator}: none of its figures applies; they need one of the "
+                     f"predictions {', '.join(sorted(set(needs.values())))}")
+  return found
 
 
 def has_texts(evaluator: str, context):

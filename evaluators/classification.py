@@ -48,6 +48,14 @@ def sheet(counts, names, pairs: int, caption: str, most: int = 100):
   return figure
 
 
+def check(facts, pairs):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  checks.at_least(facts.name, pairs=(pairs, 0))
+  checks.num_classes(facts, facts.name)
+  checks.has_split(facts)
+  checks.has_prediction(facts, "logits")
+
+
 def evaluate(context, pairs: int = 25):
   """Top-1, top-5 and mean cross-entropy (nats) of `logits`, each evaluation example once.
 

@@ -28,6 +28,26 @@ def fit(x, labels, classes: int, l2: float):
   return kernel, y_mean - x_mean @ kernel
 
 
+def check(facts, shots, draws, l2, features, baselines, limit):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  ranges(facts.name, shots, draws, l2)
+  n = knn.check_representation(facts, features, baselines, limit)
+  enough(facts.name, shots, checks.fewest_of_a_class(facts, limit), n)
+
+
+def ranges(evaluator: str, shots, draws: int, l2: float):
+  checks.counts(evaluator, "shots", shots)
+  if draws < 2 or not l2 > 0:
+    raise ValueError(f"evals.{evaluator}: draws={draws} and l2={l2} must be at least 2 and above 0")
+
+
+def enough(evaluator: str, shots, fewest: int, n: int):
+  """Raises ValueError where the rarest class, of `fewest` of `n` examples, has fewer than shots."""
+  if fewest < max(shots):
+    raise ValueError(f"evals.{evaluator}.shots={shots}: a class has only {fewest} of the {n} "
+                     "training examples used")
+
+
 def evaluate(context, shots: tuple[int, ...] = (5, 10), draws: int = 5, l2: float = 1.0,
              features: str = "features", baselines: tuple[str, ...] = (), limit: int | None = None):
   """Top-1 on the evaluation split of `fit` to a few examples of each class.
@@ -50,15 +70,10 @@ def evaluate(context, shots: tuple[int, ...] = (5, 10), draws: int = 5, l2: floa
     ValueError: numbers out of range, a class with fewer examples than shots, an unknown baseline,
       data without labels.
   """
-  checks.counts("few_shot", "shots", shots)
-  if draws < 2 or not l2 > 0:
-    raise ValueError(f"evals.few_shot: draws={draws} and l2={l2} must be at least 2 and above 0")
+  ranges("few_shot", shots, draws, l2)
 
   def score(x, labels, test_x, test_labels, classes):
-    fewest = np.bincount(labels, minlength=classes).min()
-    if fewest < max(shots):
-      raise ValueError(f"evals.few_shot.shots={shots}: a class has only {fewest} of the {len(x)} "
-                       "training examples used")
+    enough("few_shot", shots, np.bincount(labels, minlength=classes).min(), len(x))
     top1 = np.zeros((len(shots), draws))
     for draw in range(draws):
       order = np.random.default_rng((context.seed, draw)).permutation(len(x))

@@ -14,6 +14,27 @@ from models import inception
 log = logging.getLogger("vitrine")
 
 
+def check(facts, predictions, count, features, k, limit, examples, neighbours, **_):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  ranges(facts.name, predictions, count, k, limit, examples, neighbours)
+  checks.has_prediction(facts, *predictions, field="predictions")
+  train, held_out = (min(n, limit or n) for n in (
+    facts.info.num_examples[facts.train_split], checks.has_split(facts)))
+  check_numbers(train, held_out, count or held_out, k=k, neighbours=neighbours)
+  kind, _, file = features.partition(":")
+  if kind == "inception" and not Path(file).expanduser().is_file():
+    raise ValueError(f"evals.{facts.name}.features = {features!r}: no such file")
+  if kind not in ("inception", "pixels"):
+    checks.is_run(facts, "features", features, "; allowed: pixels, inception:FILE, DIR of a run")
+
+
+def ranges(evaluator: str, predictions, count, k: int, limit, examples: int, neighbours: int):
+  if isinstance(predictions, str) or not predictions:
+    raise ValueError(f"evals.{evaluator}.predictions = {predictions!r} must be a tuple of names")
+  checks.at_least(evaluator, count=(count, 2), limit=(limit, 2), k=(k, 1),
+                  examples=(examples, 0), neighbours=(neighbours, 1))
+
+
 def evaluate(context, predictions: tuple[str, ...] = ("sample",), count: int | None = None,
              guidance: float = 1.0, features: str = "pixels", k: int = 3, limit: int | None = None,
              examples: int = 8, neighbours: int = 5):
@@ -51,10 +72,7 @@ def evaluate(context, predictions: tuple[str, ...] = ("sample",), count: int | N
     ValueError: numbers out of range, a run without "features", images of other channels.
     FileNotFoundError: `features` does not exist.
   """
-  if isinstance(predictions, str) or not predictions:
-    raise ValueError(f"evals.generation.predictions = {predictions!r} must be a tuple of names")
-  checks.at_least("generation", count=(count, 2), limit=(limit, 2), k=(k, 1),
-                  examples=(examples, 0), neighbours=(neighbours, 1))
+  ranges("generation", predictions, count, k, limit, examples, neighbours)
   embed = make_embed(context, features)
   train, labels = real_images(context, context.train_split, limit)
   held_out, _ = real_images(context, context.eval_split, limit)

@@ -151,6 +151,18 @@ def neighbours_figure(queries, query_names, found, found_names, right, scores, c
   return figure
 
 
+def check(facts, figures, features, split, **numbers):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  applying(facts.name, facts.predictions, figures, features, **numbers)
+  checks.has_split(facts, split)
+
+
+def applying(evaluator: str, predictions, figures, features: str, **numbers) -> tuple[str, ...]:
+  """The figures that are asked for and can be drawn. Raises ValueError, on bad numbers too."""
+  checks.at_least(evaluator, **{name: (value, 1) for name, value in numbers.items()})
+  return checks.applying(evaluator, predictions, figures, {**NEEDS, "neighbours": features})
+
+
 def evaluate(context, figures: tuple[str, ...] | None = None, examples: int = 6,
              images: int = 128, neighbours: int = 8, features: str = "features",
              split: str | None = None, limit: int | None = 5000):
@@ -184,20 +196,8 @@ def evaluate(context, figures: tuple[str, ...] | None = None, examples: int = 6,
   Raises:
     ValueError: numbers out of range, no such figure, or one that does not apply.
   """
-  checks.at_least("inside", examples=(examples, 1), images=(images, 1),
-                  neighbours=(neighbours, 1), limit=(limit, 1))
-  needs = {**NEEDS, "neighbours": features}
-  figures = (figures,) if isinstance(figures, str) else figures
-  checks.all_known("inside", "figures", figures or (), needs)
-  for name in figures or ():
-    if needs[name] not in context.predictions:
-      raise ValueError(f"evals.inside.figures: {name!r} needs the prediction {needs[name]!r}, "
-                       "which this method has not on this network")
-  figures = tuple(name for name in needs if needs[name] in context.predictions and (
-    figures is None or name in figures))
-  if not figures:
-    raise ValueError("evals.inside: none of its figures applies; they need one of the predictions "
-                     + ", ".join(sorted(set(needs.values()))))
+  figures = applying("inside", context.predictions, figures, features, examples=examples,
+                     images=images, neighbours=neighbours, limit=limit)
   context.figures.mkdir(parents=True, exist_ok=True)
   for name, figure in draw(context, figures, examples, images, neighbours, features,
                            split or context.eval_split, limit):

@@ -11,6 +11,21 @@ from evaluators import checks
 BASELINES = ("untrained", "pixels")
 
 
+def check_representation(facts, features: str, baselines: tuple[str, ...],
+                         limit: int | None) -> int:
+  """What `per_representation` needs, before any step. Returns how many training examples it uses.
+
+  Raises ValueError: no labels, no evaluation split, no such prediction or baseline.
+  """
+  checks.num_classes(facts, facts.name)
+  checks.has_split(facts)
+  checks.has_prediction(facts, features, field="features", pixels=True)
+  checks.all_known(facts.name, "baselines", baselines, BASELINES)
+  checks.at_least(facts.name, limit=(limit, 1))
+  n = facts.info.num_examples[facts.train_split]
+  return n if limit is None else min(n, limit)
+
+
 def per_representation(context, evaluator, score, features, baselines, limit):
   """Scores the trained features, then each baseline under its own prefix.
 
@@ -70,6 +85,18 @@ def votes(bank, labels, queries, temperature, *, k, classes, block=2**26):
   return jax.lax.map(vote, queries, batch_size=max(1, block // len(bank)))
 
 
+def check(facts, k, temperature, features, baselines, limit):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  ranges(facts.name, k, temperature, check_representation(facts, features, baselines, limit))
+
+
+def ranges(evaluator: str, k: int, temperature: float, bank: int):
+  if not temperature > 0:
+    raise ValueError(f"evals.{evaluator}.temperature={temperature} must be positive")
+  if not 1 <= k <= bank:
+    raise ValueError(f"evals.{evaluator}.k={k} must lie in 1..{bank}, the training examples used")
+
+
 def evaluate(context, k: int = 20, temperature: float = 0.07, features: str = "features",
              baselines: tuple[str, ...] = (), limit: int | None = None):
   """Top-1 and top-5 of k-nearest neighbours from the training split on the evaluation split.
@@ -84,12 +111,8 @@ def evaluate(context, k: int = 20, temperature: float = 0.07, features: str = "f
   Raises:
     ValueError: k or temperature out of range, an unknown baseline, data without labels.
   """
-  if not temperature > 0:
-    raise ValueError(f"evals.knn.temperature={temperature} must be positive")
-
   def score(bank, bank_labels, queries, labels, classes):
-    if not 1 <= k <= len(bank):
-      raise ValueError(f"evals.knn.k={k} must lie in 1..{len(bank)}, the training examples used")
+    ranges("knn", k, temperature, len(bank))
     scores = votes(bank, bank_labels, queries, temperature, k=k, classes=classes)
     return checks.topk(np.asarray(scores), labels)
 

@@ -52,6 +52,19 @@ def fit(params, x, labels, weights, l2, max_iters, tolerance):
   return params, gradient_norm(opt)
 
 
+def check(facts, l2, holdout, features, baselines, limit, **_):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  ranges(facts.name, l2, holdout)
+  if knn.check_representation(facts, features, baselines, limit) < 2:
+    raise ValueError(f"evals.{facts.name}.limit = {limit}: one training example can not be split")
+
+
+def ranges(evaluator: str, l2, holdout: float):
+  checks.tuple_of(evaluator, "l2", l2, "positive numbers", lambda x: x > 0)
+  if not 0 < holdout < 1:
+    raise ValueError(f"evals.{evaluator}.holdout={holdout} must lie between 0 and 1")
+
+
 def evaluate(context, features: str = "features", l2: tuple[float, ...] = (1e-1, 1e-2, 1e-3),
              max_iters: int = 100, tolerance: float = 1e-4, holdout: float = 0.1,
              baselines: tuple[str, ...] = (), limit: int | None = None):
@@ -75,9 +88,7 @@ def evaluate(context, features: str = "features", l2: tuple[float, ...] = (1e-1,
   Raises:
     ValueError: l2 or holdout out of range, an unknown baseline, data without labels.
   """
-  checks.tuple_of("linear_probe", "l2", l2, "positive numbers", lambda x: x > 0)
-  if not 0 < holdout < 1:
-    raise ValueError(f"evals.linear_probe.holdout={holdout} must lie between 0 and 1")
+  ranges("linear_probe", l2, holdout)
 
   def score(x, labels, test_x, test_labels, classes):
     mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)

@@ -35,6 +35,15 @@ def unigram(train, hidden) -> dict[str, float]:
   return score(of_hidden == count.argmax(), np.log(share[of_hidden]))
 
 
+def check(facts, split, limit, baselines, examples):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  checks.at_least(facts.name, limit=(limit, 1), examples=(examples, 0))
+  checks.all_known(facts.name, "baselines", baselines, BASELINES)
+  checks.has_texts(facts.name, facts)
+  checks.has_split(facts, split)
+  checks.has_prediction(facts, "masked", *["own_tokens"] * bool(baselines))
+
+
 def evaluate(context, split: str | None = None, limit: int | None = None,
              baselines: tuple[str, ...] = (), examples: int = 12):
   """`score` of the prediction `masked`, over all chosen tokens of a split.

@@ -13,6 +13,18 @@ from evaluators import checks
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction and\nvisible patches")
 
 
+def check(facts, examples, prediction, ratios):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  ranges(facts.name, examples, ratios)
+  checks.has_split(facts)
+  checks.has_prediction(facts, prediction, field="prediction")
+
+
+def ranges(evaluator: str, examples: int, ratios):
+  checks.at_least(evaluator, examples=(examples, 1))
+  checks.tuple_of(evaluator, "ratios", ratios, "numbers in (0, 1)", lambda x: 0 < x < 1, least=0)
+
+
 def evaluate(context, examples: int = 8, prediction: str = "reconstruct",
              ratios: tuple[float, ...] = ()):
   """Reconstructs the first `examples` images of the evaluation split and draws them.
@@ -39,9 +51,7 @@ def evaluate(context, examples: int = 8, prediction: str = "reconstruct",
   Raises:
     ValueError: `examples` below 1, a ratio that leaves no patch or removes none.
   """
-  checks.at_least("reconstruction", examples=(examples, 1))
-  checks.tuple_of("reconstruction", "ratios", ratios, "numbers in (0, 1)", lambda x: 0 < x < 1,
-                  least=0)
+  ranges("reconstruction", examples, ratios)
   pixels, batch = context.collect(
       "pixels", context.eval_split, "image", params=None, limit=examples)
   images = pixels.reshape(batch["image"].shape)  # b h w c

@@ -105,6 +105,24 @@ def embed_captions(context, captions, num_captions, unique):
   return list(names), checks.unit(mean), np.unique([image, group[row]], axis=1)
 
 
+def check(facts, split, ks, limit, unique, examples, gallery):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  ranges(facts.name, ks, limit, unique, examples, gallery)
+  checks.has_texts(facts.name, facts)
+  checks.has_split(facts, split)
+  checks.has_prediction(facts, "embed_image", "embed_text")
+
+
+def ranges(evaluator: str, ks, limit, unique: str | None, examples: int, gallery: int):
+  checks.at_least(evaluator, limit=(limit, 1), examples=(examples, 0), gallery=(gallery, 1))
+  checks.counts(evaluator, "ks", ks)
+  try:
+    re.compile(unique or "")
+  except re.error as error:
+    raise ValueError(f"evals.{evaluator}.unique={unique!r} is no regular expression: {error}"
+                     ) from error
+
+
 def evaluate(context, split: str | None = None, ks: tuple[int, ...] = (1, 5, 10),
              limit: int | None = None, unique: str | None = None, examples: int = 5,
              gallery: int = 256):
@@ -135,14 +153,8 @@ def evaluate(context, split: str | None = None, ks: tuple[int, ...] = (1, 5, 10)
   Raises:
     ValueError: a number out of range, data without captions, a bad `unique`.
   """
-  checks.at_least("retrieval", limit=(limit, 1), examples=(examples, 0), gallery=(gallery, 1))
-  checks.counts("retrieval", "ks", ks)
+  ranges("retrieval", ks, limit, unique, examples, gallery)
   checks.has_texts("retrieval", context)
-  try:
-    re.compile(unique or "")
-  except re.error as error:
-    raise ValueError(f"evals.retrieval.unique={unique!r} is no regular expression: {error}"
-                     ) from error
   split = split or context.eval_split
   images, batch = context.collect("embed_image", split, "captions", "num_captions", limit=limit)
   strings, texts, (image, text) = embed_captions(

@@ -10,6 +10,20 @@ from matplotlib.figure import Figure
 from evaluators import checks, knn, pictures
 
 
+def check(facts, predictions, rows, per_class, count, judge, k, path, **_):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  ranges(facts.name, rows, per_class, count, k, path)
+  checks.has_prediction(facts, *predictions, field="predictions")
+  if count and facts.info.num_classes and judge:
+    checks.is_run(facts, "judge", judge)
+    checks.has_split(facts)
+
+
+def ranges(evaluator: str, rows: int, per_class: int, count: int, k: int, path: int):
+  checks.at_least(evaluator, per_class=(per_class, 0), count=(count, 0), path=(path, 0),
+                  rows=(rows, 1), k=(k, 1))
+
+
 def evaluate(context, predictions: tuple[str, ...] = ("sample",),
              guidance: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0), rows: int = 10,
              per_class: int = 4, count: int = 1000, count_guidance: float = 2.0, judge: str = "",
@@ -40,8 +54,7 @@ def evaluate(context, predictions: tuple[str, ...] = ("sample",),
   Raises:
     ValueError: numbers out of range.
   """
-  checks.at_least("samples", per_class=(per_class, 0), count=(count, 0), path=(path, 0),
-                  rows=(rows, 1), k=(k, 1))
+  ranges("samples", rows, per_class, count, k, path)
   classes, metrics = context.info.num_classes, {}
   shown = np.unique(np.linspace(0, max(classes - 1, 0), rows).round().astype(int))
   names = [str((context.info.class_names or range(classes))[i]) for i in shown] if classes else None

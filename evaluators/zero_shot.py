@@ -64,6 +64,26 @@ def classify(images, classes, logit_scale):
       logit_scale * jnp.matmul(images, classes.T, precision="highest"), axis=-1))
 
 
+def check(facts, classes, templates, split, examples):
+  """Raises ValueError on what `evaluate` would stumble over."""
+  checks.has_prediction(facts, "embed_image", "embed_text")
+  names_for(facts, facts.name, classes)
+  class_embeddings(lambda prompts: np.ones((1, 1)), (), templates)
+  checks.at_least(facts.name, examples=(examples, 0))
+  checks.has_texts(facts.name, facts)
+  checks.has_split(facts, split)
+
+
+def names_for(context, evaluator: str, classes):
+  """The names of the classes, one a class of the data. Raises ValueError."""
+  expected = checks.num_classes(context, evaluator)
+  names = parse_classes(context.info.class_names if classes is None else classes)
+  if len(names) != expected:
+    raise ValueError(f"evals.{evaluator}.classes has {len(names)} names, but the data has "
+                     f"{expected} classes")
+  return names
+
+
 def evaluate(context, classes: str | tuple[str, ...] | None = None,
              templates: str | tuple[str, ...] = ("{}",), split: str | None = None,
              examples: int = 8):
@@ -85,11 +105,7 @@ def evaluate(context, classes: str | tuple[str, ...] | None = None,
   Raises:
     ValueError: data without labels or captions, not one name a class, a bad template.
   """
-  expected = checks.num_classes(context, "zero_shot")
-  names = parse_classes(context.info.class_names if classes is None else classes)
-  if len(names) != expected:
-    raise ValueError(f"evals.zero_shot.classes has {len(names)} names, but the data has {expected} "
-                     "classes")
+  names = names_for(context, "zero_shot", classes)
   checks.at_least("zero_shot", examples=(examples, 0))
   checks.has_texts("zero_shot", context)
   split = split or context.eval_split

@@ -109,7 +109,7 @@ def _json(path: Path) -> dict:
   if not path.is_file():
     return {}
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(f"{path}: no JSON: {error}") from error
   if not isinstance(content, dict):

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from configs.base import own_data
 from trainer import fields
 
+ROOT = Path(__file__).resolve().parent.parent
 UNITS = ("steps", "epochs", "examples")
 SHORT = {"init": "init.run"}  # what --config.NAME=VALUE of a whole section means
 
@@ -47,8 +48,11 @@ def config_module(name: str):
   """The module `configs/NAME.py` of `configs/NAME.py:VARIANT`. Raises ValueError."""
   path, _, variant = name.partition(":")
   path = Path(path if path.endswith(".py") else f"{path}.py")
+  if not path.is_file() and (ROOT / path).is_file():  # called from another folder
+    path = ROOT / path
   if not path.is_file():
-    found = sorted(map(str, path.parent.glob("*.py")))
+    found = sorted(map(str, path.parent.glob("*.py"))) or sorted(
+      str(p.relative_to(ROOT)) for p in (ROOT / path.parent).glob("*.py"))
     raise ValueError(f"--config={name}: no file {path}; " + fields.nearest(path, found))
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+PREEMPTED = 75  # exit status of a run that was stopped, EX_TEMPFAIL of sysexits.h: try again
+
 
 def keep_memory():
   """Starts this command again with a C heap that keeps its memory, in huge pages (Linux, glibc).

@@ -103,7 +103,11 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
       module = fields.find_module("evaluators", section.pop("name", label), f"config.evals.{label}")
       if not final:
         section.pop("baselines", None)
-      result = fields.call(module.evaluate, section, f"evals.{label}", context=context)
+      try:
+        result = fields.call(module.evaluate, section, f"evals.{label}", context=context)
+      except Exception as error:
+        error.evaluation = label  # for who tells of it
+        raise
       metrics.update({f"{label}/{key}": float(value) for key, value in result.items()})
     return metrics
 

@@ -23,7 +23,8 @@ def read_metrics(workdir) -> list[dict]:
 def read_lines(path: Path) -> list[dict]:
   """The objects of a file, one a line; a last line cut short by a kill is left out."""
   rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+  for line in text.splitlines():
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:
@@ -63,9 +64,9 @@ class Reporter:
                         for row in kept if any(name.startswith("eval/") for name in row)}
     path = workdir / "metrics.jsonl"
     partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     partial.replace(path)
-    self.jsonl = path.open("a", buffering=1)
+    self.jsonl = path.open("a", buffering=1, encoding="utf-8")
     if self.console.is_terminal:
       self.live = Live(console=self.console, refresh_per_second=4, transient=True)
       self.live.start()
@@ -89,7 +90,10 @@ class Reporter:
     if not self.writes:
       return
     row = {"step": step, "time": time.time(), **{k: float(v) for k, v in metrics.items()}}
-    self.jsonl.write(json.dumps(row) + "\n")
+    try:
+      self.jsonl.write(json.dumps(row) + "\n")
+    except OSError as error:  # of an open file it does not say which
+      raise OSError(error.errno, error.strerror, self.jsonl.name) from error
     for name, value in metrics.items():
       if math.isfinite(value):
         self.tensorboard.add_scalar(name, float(value), step)

@@ -4,9 +4,9 @@ Batch n is a function of (seed, n), and so is the randomness of step n. Nothing 
 step to step than the TrainState.
 """
 
+import contextlib
 import json
 import logging
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,94 +17,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from trainer import evaluation, fields, networks, sharding, store
+from input_pipeline.records import BadRecord
+from trainer import evaluation, fields, lease, networks, sharding, store
 from trainer import recipe as recipes
 from trainer.logging import Reporter, duration, print_evaluations
-from trainer.optimizer import stop_frozen
-from trainer.preemption import Preempted, listen
-from trainer.same_run import (
-  TrainingError,
-  check_same_data,
-  check_same_run,
-  keep_facts,
-  keep_tokenizer,
-)
-from trainer.state import make_init, make_step, phase_gradient, statistics
+from trainer.preemption import Preempted, Signals, before
+from trainer.program import abstract_state as abstract_state
+from trainer.program import compiled_step as compiled_step
+from trainer.program import describe as describe
+from trainer.program import initial_state as initial_state
+from trainer.program import jitted_step as jitted_step
+from trainer.program import model_flops as model_flops
+from trainer.same_run import TrainingError as TrainingError
+from trainer.same_run import check_same_data, keep_facts, keep_tokenizer
+from trainer.same_run import check_same_run as check_same_run
+from trainer.state import statistics
 
 log = logging.getLogger("vitrine")
-
-
-def initial_state(recipe):
-  """() -> TrainState at step 0."""
-  return make_init(recipe.method, recipe.tx, recipe.augment.eval, recipe.data.spec,
-                   recipe.config.seed, max(recipe.config.ema_decay, recipe.config.ema_gamma) > 0)
-
-
-def jitted_step(recipe, shardings):
-  """(state, batch) -> (state, metrics) on the recipe's mesh, the state donated."""
-  config = recipe.config
-  step = make_step(recipe.method, recipe.tx, recipe.augment.train, seed=config.seed,
-                   accumulate=config.accumulate, ema_decay=config.ema_decay,
-                   ema_gamma=config.ema_gamma, stop=stop_frozen(config.optimizer),
-                   mesh=recipe.mesh)
-  return jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(recipe.mesh)),
-                 out_shardings=(shardings, sharding.replicated(recipe.mesh)), donate_argnums=0,
-                 compiler_options=sharding.compiler_options(recipe.mesh))
-
-
-def compiled_step(recipe, abstract, shardings):
-  """`jitted_step` compiled for the shapes of `abstract_state` and of the recipe's batches."""
-  rows = sharding.batch_sharding(recipe.mesh)
-  batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows),
-                       recipe.data.spec)
-  return jitted_step(recipe, shardings).lower(abstract, batch).compile()
-
-
-def abstract_state(recipe, init: Callable | None = None):
-  """(shapes of the state with their shardings, the shardings alone), of `init` if at hand."""
-  shapes = jax.eval_shape(init or initial_state(recipe))
-  shardings = sharding.shard_state(shapes, recipe.mesh)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                      shapes, shardings), shardings
-
-
-def model_flops(recipe, state) -> int:
-  """FLOPs of losses and gradients in one training step, as if nothing was computed twice."""
-  from trainer.flops import count_flops
-  config = recipes.ConfigDict(recipe.config.to_dict())
-  if "remat" in config.model:
-    del config.model.remat
-  method, stop = recipes.make_method(config), stop_frozen(config.optimizer)
-
-  def gradients(params, extra, batch):
-    key = jax.random.key(0)
-    batch = method.draw(key, batch)
-    return [phase_gradient(phase, stop, params, extra,
-                           jax.tree.map(lambda x, j=j, n=phase.times: x[j::n], batch), key, 0)[1]
-            for phase in method.turns.values() for j in range(phase.times)]
-
-  batch = jax.eval_shape(lambda spec: recipe.augment.train(jax.random.key(0), spec),
-                         recipe.data.spec)
-  return count_flops(gradients, state.params, state.extra, batch)
-
-
-def describe(recipe, state, start: int, workdir) -> dict[str, str]:
-  """What is trained, on what: the lines shown at the start."""
-  config, info, devices = recipe.config, recipe.data.info, jax.devices()
-  train_size, batch_size = info.num_examples[recipe.data.train_split], config.data.batch_size
-  return {
-    "recipe": f"{config.config_name}: method {config.method.name}, model {config.model.name} "
-              + str(config.model.get("variant") or ""),
-    "data": f"{config.data.source}: " + ", ".join(
-      f"{n:,} {split}" for split, n in info.num_examples.items()) + " examples",
-    "devices": f"{len(devices)} x {devices[0].device_kind} ({platform.machine()}), mesh "
-               + ", ".join(f"{name} {size}" for name, size in recipe.mesh.shape.items()),
-    "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
-    "model FLOPs": f"{model_flops(recipe, state):.3g} a step of {batch_size} examples",
-    "steps": f"{recipe.total:,} ({recipe.total * batch_size / train_size:.1f} epochs)"
-             + (f", continuing from step {start:,}" if start else ""),
-    "expected": config.expect or "not measured; README.md lists the recipes that are",
-    "run directory": str(workdir)}
 
 
 class Start(NamedTuple):
@@ -137,7 +66,7 @@ def start_of(recipe, workdir: Path) -> Start:
                             **fields.arguments(networks.Init, config.init, "init"))
   except (ValueError, FileNotFoundError) as error:  # what only the parameters' shapes can tell
     raise TrainingError(str(error)) from error
-  check_same_run(workdir, facts["config"])
+  check_same_run(workdir, facts["config"], recipe)
   keep_facts(workdir, recipe.data.info)
   if recipe.data.tokenizer:
     keep_tokenizer(workdir / store.TOKENIZER, recipe.data.tokenizer.to_json())
@@ -160,14 +89,21 @@ def start_of(recipe, workdir: Path) -> Start:
   return Start(state, step, facts, init, abstract, shardings, kept, compiling, taken)
 
 
+class NotFinite(TrainingError):
+  """The loss or the gradient is not finite: what came of it is not saved."""
+
+
 class Training:
   """A run under way: what its steps, evaluations, log and checkpoints share."""
 
-  def __init__(self, recipe: recipes.Recipe, workdir: Path, command: str, changed: Sequence[str]):
+  def __init__(self, recipe: recipes.Recipe, workdir: Path, command: str, changed: Sequence[str],
+               own: lease.Lease | None):
+    self.own = own
     self.began, self.recipe, self.workdir = time.monotonic(), recipe, workdir
     config, batch_size = recipe.config, recipe.config.data.batch_size
     start = start_of(recipe, workdir)
-    self.state, self.step, self.kept = start.state, start.step, start.kept
+    self.state, self.kept = start.state, start.kept
+    self.step = self.at = start.step  # the one under way; the one that `state` is of
     self.compiling, self.waiting = start.compiling, None
     weights = evaluation.weights_of(recipe, start.init, start.shardings, lambda: self.state)
     self.evaluate = evaluation.make_evaluate(recipe, workdir, weights)
@@ -179,6 +115,7 @@ class Training:
     self.spent = dict.fromkeys(
       ("start", "compilation", "input wait", "evaluation", "checkpoints"), 0.0)
     self.unchecked, self.warned, self.last_finite = [], False, "none"
+    self.stepped = False  # whether a step was taken in this process
     self.tell(start, command, changed)
     self.spent["start"] = time.monotonic() - self.began
 
@@ -202,12 +139,14 @@ class Training:
     self.spent[name] += time.monotonic() - before
     return result
 
+  def first(self):
+    """(the compiled step, the first batch): what may take long before the first step."""
+    step_fn = self.timed("compilation", self.compiling.result)
+    return step_fn, self.timed("input wait", self.next_batch)
+
   def next_batch(self):
-    try:
-      return sharding.to_device(next(self.batches), self.recipe.config.data.batch_size,
-                                self.recipe.mesh)
-    except (ValueError, OSError) as error:  # a record that cannot be read, named in the message
-      raise TrainingError(str(error)) from error
+    return sharding.to_device(next(self.batches), self.recipe.config.data.batch_size,
+                              self.recipe.mesh)
 
   def fetch(self, step: int) -> dict[str, float]:
     """The metrics of a step, once all up to it are known to be finite."""
@@ -218,7 +157,7 @@ class Training:
       text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
       if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
         self.kept.finish()
-        raise TrainingError(
+        raise NotFinite(
           f"not finite at step {at}: {text}\n  last finite metrics: {self.last_finite}\n  last "
           f"good checkpoint: {(self.kept.steps() or ['none'])[-1]} in {self.kept.directory}")
       self.last_finite = f"step {at}, {text}"
@@ -238,43 +177,56 @@ class Training:
     every = self.recipe.eval_every
     return step == self.recipe.total or (bool(every) and step > 0 and step % every == 0)
 
-  def evaluate_if_due(self, step: int):
+  def evaluate_if_due(self, step: int, signals: Signals):
     # A continued run may have it.
-    if self.evaluation_due(step) and not sharding.agreed(step in self.report.evaluations):
-      try:
-        metrics = self.timed("evaluation", self.evaluate, step, step == self.recipe.total)
-      except (ValueError, FileNotFoundError) as error:  # an evaluator that this run cannot have
-        raise TrainingError(f"evaluation at step {step}: {error}") from error
-      self.report.evaluation(step, metrics)
-      self.report.restart_clock(step)
+    if not self.evaluation_due(step) or sharding.agreed(step in self.report.evaluations):
+      return
 
-  def take_step(self, step: int, first: bool):
+    def finish(name):
+      self.save(step)
+      self.kept.finish()
+      return f"stopped by {name} in the evaluation at step {step:,}; {self.saved()}"
+    metrics = self.timed("evaluation", signals.at_once,
+                         lambda: self.evaluate(step, step == self.recipe.total), finish)
+    self.report.evaluation(step, metrics)
+    self.report.restart_clock(step)
+
+  def take_step(self, step: int, step_fn: Callable, batch):
     """One step of the device, and the log of the one before it while it runs."""
-    batch = self.timed("input wait", self.next_batch)
-    step_fn = self.timed("compilation", self.compiling.result)  # waited for at the first step alone
     with jax.transfer_guard("disallow"):
       self.state, metrics = step_fn(self.state, batch)
-    if first:
+    if not self.stepped:
       jax.block_until_ready(metrics)
       self.report.restart_clock(step)
+    self.at, self.stepped = step, True
     self.unchecked.append((step, metrics))
     if self.waiting:  # fetched only now that the next step is running: the device never waits
       self.log(self.waiting)
 
   def save(self, step: int):
+    if self.own and self.own.lost:
+      raise TrainingError(f"{self.workdir} was taken over by {self.own.lost}: this process stood "
+                          "still for so long as to seem dead, and writes nothing more")
     if self.unchecked:
       self.fetch(step)  # what is saved is finite
     self.timed("checkpoints", self.kept.save, self.state, step)
     self.report.restart_clock(step)
 
-  def run(self, requested: Callable):
-    """All steps that are left, with what is due between them. `requested` is of `listen`."""
+  def saved(self) -> str:
+    steps = self.kept.steps()
+    return f"step {steps[-1]:,} is saved in {self.kept.directory}" if steps else "nothing is saved"
+
+  def run(self, signals: Signals):
+    """All steps that are left, with what is due between them."""
     start, total = self.step, self.recipe.total
-    self.evaluate_if_due(start)
+    self.evaluate_if_due(start, signals)
+    if start < total:
+      step_fn, batch = signals.at_once(
+        self.first, lambda name: f"stopped by {name} before step {start + 1:,}; {self.saved()}")
     for step in range(start + 1, total + 1):
       self.step = step
-      self.take_step(step, first=step == start + 1)
-      last, stop = step == total, requested(step)
+      self.take_step(step, step_fn, batch)
+      last, stop = step == total, signals.requested(step)
       self.waiting = step if step % self.recipe.log_every == 0 or last else None
       saves = self.kept.due(step) or last or stop
       if self.waiting and (saves or self.evaluation_due(step)):  # the device stops for these anyhow
@@ -282,25 +234,61 @@ class Training:
         self.waiting = None
       if saves:
         self.save(step)
+      if stop or last:  # whole before an evaluation that may take long, or fill the disk
+        self.timed("checkpoints", self.kept.finish)
       if stop and not last:
-        self.kept.finish()
         raise Preempted(f"stopped by {stop} after step {step:,} of {total:,}; it is saved "
                         f"in {self.kept.directory}")
-      self.evaluate_if_due(step)
+      self.evaluate_if_due(step, signals)
+      if not last:
+        batch = self.timed("input wait", self.next_batch)
     self.timed("checkpoints", self.kept.finish)
+
+  def ended_by(self, error: Exception) -> TrainingError:
+    """Saves the state, whatever ended the run, and says in the error to raise how to go on."""
+    name = getattr(error, "evaluation", None)
+    known = isinstance(error, TrainingError | ValueError | OSError)
+    if not known:  # not the user's to mend, so not the place for few words
+      log.error("what ended the run:", exc_info=error)
+    said = str(error) if known else store.first_line(error)
+    where = f"evaluation at step {self.at:,}: " if name else ""
+    flags = [f"--config.evals.{name}=none"] * (name is not None)
+    if isinstance(error, BadRecord) and self.recipe.config.data.get("on_error") != "skip":
+      flags = ["--config.data.on_error=skip"]
+    return TrainingError(f"{where}{said}. {self.rescued()}; continue with the same command"
+                         + f" (or {flags[0]})" * bool(flags))
+
+  def rescued(self) -> str:
+    """Saves the last state if it is whole and finite. Returns what is saved now."""
+    try:
+      deleted = any(x.is_deleted() for x in jax.tree.leaves(self.state))
+      # What ended one of several processes did not end the others: they save nothing together.
+      if self.stepped and not deleted and jax.process_count() == 1:
+        if self.waiting == self.at:
+          self.log(self.at)
+        self.save(self.at)
+      self.kept.finish()
+    except Exception as worse:  # the disk is full: what is said is of the first error
+      return f"{store.first_line(worse)}; {self.saved()}"
+    return self.saved()
 
   def close(self) -> str:
     """Closes what is open, however the run ended. Returns where its report is."""
-    self.batches.close()
-    self.kept.close()
-    self.report.close()
+    failed = None
+    for part in (self.batches, self.kept, self.report):
+      try:
+        part.close()
+      except (OSError, store.CheckpointError) as error:
+        failed = failed or error
     self.wall = time.monotonic() - self.began
     self.spent["steps and logging"] = self.wall - sum(self.spent.values())
-    if not self.report.writes:
-      return "none"
-    from trainer import report
-    page = report.update(self.workdir, "stop", step=self.step, spent=self.spent,
-                         reason=str(sys.exc_info()[1] or ""))
+    page, ending = None, sys.exc_info()[1]
+    if self.report.writes:
+      from trainer import report
+      page = report.update(self.workdir, "stop", step=self.step, spent=self.spent,
+                           reason=str(ending or failed or ""))
+    if failed and not ending:
+      raise failed
     return str(page or "none")
 
   def conclude(self, page: str) -> dict[str, float]:
@@ -319,24 +307,37 @@ class Training:
     return final
 
 
-def train(recipe: recipes.Recipe, workdir, command: str = "",
-          changed: Sequence[str] = ()) -> dict[str, float]:
+def train(recipe: recipes.Recipe, workdir, command: str = "", changed: Sequence[str] = (),
+          signals: Signals | None = None) -> dict[str, float]:
   """Trains to the end, continuing the run in `workdir` if there is one.
 
   `command` and `changed`, the differences from the recipe's defaults, are for the run's report.
+  `signals` are listened to already; None: from here on.
 
   Returns the final evaluation's metrics.
 
   Raises:
-    TrainingError: the workdir holds another run, a record cannot be read, the loss is not finite.
+    TrainingError: the workdir holds another run or is in use, a record cannot be read, the loss is
+      not finite, or whatever else: but where it is not finite the state is saved.
     CheckpointError: a checkpoint could not be written, or all there are damaged.
     Preempted: SIGTERM or SIGINT; the state is saved.
   """
-  run = Training(recipe, Path(workdir), command, changed)
-  requested, restore_handlers = listen()
-  try:
-    run.run(requested)
-  finally:
-    restore_handlers()
-    page = run.close()
-  return run.conclude(page)
+  workdir = Path(workdir)
+  with contextlib.ExitStack() as stack:
+    if signals is None:
+      signals = stack.enter_context(contextlib.closing(Signals(command)))
+    try:
+      run = signals.at_once(
+        lambda: Training(recipe, workdir, command, changed,
+                         stack.enter_context(lease.hold(workdir))), before)
+    except (lease.InUse, OSError) as error:
+      raise TrainingError(str(error)) from error
+    try:
+      run.run(signals)
+    except (Preempted, NotFinite, store.CheckpointError):
+      raise
+    except Exception as error:
+      raise run.ended_by(error) from error
+    finally:
+      page = run.close()
+    return run.conclude(page)

@@ -231,12 +231,42 @@ def check_scalars(config: ConfigDict):
       raise ValueError(f"config.{name} = {config[name]}: expected at least 1")
 
 
-def check_evals(evals: Mapping):
-  """Raises ValueError where an evaluator does not exist, or does not take what is said of it."""
-  for label, section in evals.items():
+class Facts(NamedTuple):
+  """What an evaluator's `check` is told of a run that is not started; names are as of a Context."""
+
+  name: str  # what the config calls the evaluation
+  predictions: frozenset[str]  # the names there are
+  info: Any  # input_pipeline.records.Info
+  train_split: str
+  eval_split: str | None
+  records: Mapping  # split -> its records, of those that are in memory
+  detokenize: Callable | None  # None where the data has no text
+
+
+def facts_of(method, data, opened) -> Facts | None:
+  """Facts of what is to be evaluated on `data`; None where it only stands in for a data set."""
+  if data.eval is None:
+    return None
+  records = {name: split for name, split in getattr(opened, "splits", {}).items()
+             if isinstance(split, list)}
+  return Facts("", frozenset(method.predict), data.info, data.train_split, data.eval_split,
+               records, data.tokenizer and data.tokenizer.decode)
+
+
+def check_evals(evals: Mapping, facts: Facts | None = None):
+  """Raises ValueError where an evaluator does not exist, or does not take what is said of it.
+
+  With facts each evaluator that has a `check(facts, **fields of its evaluate)` is asked as well.
+  """
+  for name, section in evals.items():
     section = {**section}
-    module = fields.find_module("evaluators", section.pop("name", label), f"config.evals.{label}")
-    fields.arguments(module.evaluate, section, f"evals.{label}", context=None)
+    module = fields.find_module("evaluators", section.pop("name", name), f"config.evals.{name}")
+    given = fields.arguments(module.evaluate, section, f"evals.{name}", context=None)
+    if facts and hasattr(module, "check"):
+      call = inspect.signature(module.evaluate).bind(**given)
+      call.apply_defaults()
+      del call.arguments["context"]
+      module.check(facts._replace(name=name), **call.arguments)
 
 
 class Recipe(NamedTuple):
@@ -263,7 +293,7 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   check_scalars(config)
   config = networks.fill(config)
   mesh = fields.call(sharding.make_mesh, config.mesh, "mesh", devices=devices)
-  data = open_data(config, data_dir) if data is None else data
+  opened = data = open_data(config, data_dir) if data is None else data
   info, train_size = data.info, data.info.num_examples[data.train_split]
   if config.own_data:
     config = settle(config, data)
@@ -284,7 +314,7 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   tx, rate = make_optimizer(config, train_size, method)
   for name, phase in method.phases.items():
     sharding.check_batch(batch_size, config.accumulate, mesh, times=(phase.times, name))
-  check_evals(config.evals)
+  check_evals(config.evals, facts_of(method, data, opened))
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.
   fields.arguments(store.Checkpoints, checkpoint, "checkpoint", workdir="", metadata=None,

@@ -86,7 +86,7 @@ def read_run(workdir) -> dict:
   """What the page shows of a run. Raises ValueError if the directory holds none."""
   workdir = Path(workdir)
   try:
-    config = json.loads((workdir / "config.json").read_text())
+    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise ValueError(f"{workdir} holds no run: {error}") from error
   rows, history = read_metrics(workdir), read_lines(workdir / "history.jsonl")

@@ -68,12 +68,18 @@ def code_version() -> str:
   return content.hexdigest()[:12]
 
 
+def newest(workdir) -> int | None:
+  """The step of the newest checkpoint that was written to the end, damaged or not; None: none."""
+  return max((int(path.name) for path in epath.Path(workdir).glob("checkpoints/*")
+              if path.name.isdigit()), default=None)
+
+
 def exist(workdir) -> bool:
   """Whether a run directory has a checkpoint that was written to the end."""
-  return any(path.name.isdigit() for path in epath.Path(workdir).glob("checkpoints/*"))
+  return newest(workdir) is not None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
   return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -154,7 +160,7 @@ class Checkpoints:
     with self._reporting(step):
       # A folder that cannot be written to fails here: in the manager its threads would hang.
       probe = self.directory / f".probe_{jax.process_index()}"
-      probe.write_text("")
+      probe.write_bytes(b"")
       probe.unlink()
       if step in self.manager.all_steps():
         self.manager.delete(step)  # a damaged one: this is written over it
@@ -180,7 +186,7 @@ class Checkpoints:
       for rest in self.directory.glob(f"{step}.*tmp*"):
         shutil.rmtree(rest, ignore_errors=True)
       message = (f"checkpoint of step {step} could not be written to {self.directory}: "
-                 f"{_first_line(error)}. Earlier ones are whole: {self.steps()}")
+                 f"{first_line(error)}. Earlier ones are whole: {self.steps()}")
       if self.on_error == "raise":
         raise CheckpointError(message) from error
       log.warning("%s. Training goes on to the next one.", message)
@@ -196,7 +202,7 @@ class Checkpoints:
                if facts["digests"][name] != int(digest(items[name]))]
     except Exception as error:  # whatever the storage makes of a file that is not whole
       raise CheckpointError(f"{self.directory / str(step)} is damaged: "
-                            f"{_first_line(error)[:200]}") from error
+                            f"{first_line(error)[:200]}") from error
     if wrong:
       raise CheckpointError(f"{self.directory / str(step)} is damaged: the numbers of "
                             f"{', '.join(wrong)} are not those that were saved")
@@ -241,12 +247,26 @@ class Checkpoints:
     return abstract._replace(step=array, **{name: items[name] for name in _items(abstract)}), facts
 
   def close(self):
-    self.manager.close()
+    """Waits for what is being written. Raises CheckpointError where that fails."""
+    step = self.pending
+    try:
+      self.finish()
+    finally:
+      with self._reporting(step) if step is not None else contextlib.suppress(OSError):
+        self.manager.close()
 
 
 def data_facts(info) -> str:
-  """What `load_facts` reads, of a `records.Info`."""
-  return json.dumps({"features": info.features, "class_names": info.class_names}, indent=2)
+  """What `load_facts` and `load_fingerprint` read, of a `records.Info`."""
+  return json.dumps({"features": info.features, "class_names": info.class_names,
+                     "fingerprint": info.fingerprint}, indent=2)
+
+
+def load_fingerprint(workdir) -> str | None:
+  """That of the data a run directory was made with; None where code before these kept none."""
+  path = epath.Path(workdir) / DATA
+  said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  return said.get("fingerprint")
 
 
 def load_facts(workdir) -> tuple[dict, tuple[str, ...]]:
@@ -267,7 +287,7 @@ def load_config(workdir) -> ConfigDict:
   if not path.exists():
     raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
   defaults = get_base().to_dict()
-  config = {**defaults, **json.loads(path.read_text())}
+  config = {**defaults, **json.loads(path.read_text(encoding="utf-8"))}
   if config["augment"].get("crop_area") and "eval_crop" not in config["augment"]:
     config["augment"]["eval_crop"] = 0.875  # what went with random crops, before it was a field
   if str(config["data"].get("source")).startswith("lines:"):  # texts had a black pixel once
