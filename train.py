@@ -62,13 +62,14 @@ def main(argv: list[str] | None = None) -> int:
 
   environment.prepare(args)
   from trainer import loop, preemption, recipe, store
+  from trainer.config import hold_out
   try:
     config = recipe.load_config(args.config, overrides)
-    built = recipe.build(config, args.data_dir)
+    workdir = args.workdir or Path("runs") / config.config_name.replace(":", "_")
+    built = recipe.build(hold_out(config, workdir), args.data_dir)
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
-  workdir = args.workdir or Path("runs") / config.config_name.replace(":", "_")
   if args.print_config:
     from trainer import help
     help.print_config(built, workdir)
