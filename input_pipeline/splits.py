@@ -1,4 +1,4 @@
-"""Parts of splits, `train[:99%]` as TFDS has it, and splits whose classes are another data set's."""
+"""Parts of splits, `train[:99%]` as TFDS has it; splits that count classes as another set does."""
 
 import copy
 import re
