@@ -112,9 +112,7 @@ def import_weights(args, overrides) -> str:
   from trainer import recipe, store
   from trainer.state import TrainState
   source = files.read(args.source, args.weights)
-  prefix = published.wrapper(source.tensors)
-  source = source._replace(tensors={
-    name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()})
+  source, told = published.unwrapped(source)
   form = published.recognise(source.tensors, source.config, args.format)
   names = form.canonical(source.tensors)
   shapes = {name: source.tensors[theirs].shape for name, theirs in names.items()}
@@ -161,7 +159,6 @@ def import_weights(args, overrides) -> str:
   entries += formats.assumed(form, config.model, source.config, given.model)
   if form.images:
     entries += preprocessing.assumed(config.augment, source, overrides)
-  told = f"; {prefix!r} taken off all {len(source.tensors)} names" if prefix else ""
   return f"{source.path}: {form.name}{told}\n{layout.show(entries)}\nwritten to {args.to}"
 
 

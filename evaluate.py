@@ -15,11 +15,14 @@ writes one page on several runs, side by side, from what they recorded.
 import argparse
 import glob
 import json
+import logging
 import sys
 from pathlib import Path
 
 from train import parse_overrides
 from trainer import environment, report
+
+log = logging.getLogger("vitrine")
 
 
 def classify_images(run, pattern: str, classes: list[str],
@@ -47,6 +50,26 @@ def classify_images(run, pattern: str, classes: list[str],
     chances = zero_shot.classify(image, text, scale)[0]
     rows.append({"image": path, **dict(zip(names, map(float, chances)))})
   return rows, errors
+
+
+def with_classes_of(run, data):
+  """Data whose labels mean what they mean in the run, by the names of their classes.
+
+  Left as it is where nothing that the run learnt hangs on labels. Raises ValueError where a class
+  is none of the run's. A run of older code, or of data without names, knows but their number.
+  """
+  if not any(x.kind == "label" and name in run.method.needs
+             for name, x in data.info.features.items()):
+    return data
+  if run.class_names:
+    from input_pipeline.splits import with_classes
+    return with_classes(data, run.class_names)
+  here, there = data.info.num_classes, run.config.model.get("num_classes")
+  if there is not None and here != there:
+    log.warning("the run has %d classes, whose names it does not know; the data has %d, and they "
+                "are taken for its first: accuracies are right only if these are the same", there,
+                here)
+  return data
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -98,11 +121,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {text}", file=sys.stderr)
       return int(bool(errors))
     config = recipe.ConfigDict(run.config.to_dict())
+    config.own_data = False  # what is asked for here is meant
     if "model.patch" in overrides:
       config.model.image_size = None  # that of the images as they will be
     for key, value in overrides.items():
       recipe.override(config, key, value)
-    built = recipe.build(config, args.data_dir)
+    data = with_classes_of(run, recipe.open_data(recipe.networks.fill(config), args.data_dir))
+    built = recipe.build(config, args.data_dir, data=data)
     run = transfer.resized(run, built.config)
     metrics = evaluation.evaluate_run(run, built, args.workdir)
   except (ValueError, FileNotFoundError) as error:

@@ -78,10 +78,12 @@ def main(argv: list[str] | None = None) -> int:
 def train(args, overrides: dict[str, str], command: str, signals) -> int:
   """What the flags ask for. Raises ValueError or OSError on a wrong config, and as `loop.train`."""
   from trainer import loop, preemption, recipe, same_run
+  from trainer.config import hold_out
   config = recipe.load_config(args.config, overrides)
   workdir = Path(args.workdir or Path("runs") / config.config_name.replace(":", "_"))
   built = signals.at_once(
-    lambda: recipe.build(same_run.without_other_runs(config, workdir), args.data_dir),
+    lambda: recipe.build(hold_out(same_run.without_other_runs(config, workdir), workdir),
+                         args.data_dir),
     preemption.before)
   if args.print_config:
     from trainer import help

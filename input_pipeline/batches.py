@@ -45,7 +45,8 @@ def open_data(source: str, *, batch_size: int, data_dir: str | None = None, seed
                               ("repeats", options.repeats, 1),
                               ("prefetch_batches", options.prefetch_batches, 1)):
     check_least(f"data.{field}", value, least)
-  splits, info = open_source(source, data_dir, options.on_error, options.latents, options.held_out)
+  splits, info = open_source(source, data_dir, options.on_error, options.latents, options.held_out,
+                             options.follow_links)
   if "[" in f"{options.train_split}{options.eval_split}":
     from input_pipeline.splits import with_parts
     splits = with_parts(splits, (options.train_split, options.eval_split))

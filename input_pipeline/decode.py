@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,19 +14,36 @@ from PIL import Image
 from input_pipeline import geometry
 from input_pipeline.records import BadRecord
 
+ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
+# Its values -> what sets the stored pixels upright; 1 is as stored.
+TURNS = {value: getattr(Image.Transpose, name) for value, name in {
+  2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+  7: "TRANSVERSE", 8: "ROTATE_90"}.items()}
+SIDEWAYS = tuple(TURNS[value] for value in (5, 6, 7, 8))  # which swap height and width
+MARKS = frozenset(("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))  # where it may be
+
 
 def decode(record: Mapping[str, Any], channels: int) -> np.ndarray:
   """Decodes a record to uint8 (h, w, c).
 
   Args:
     record: {"image": encoded bytes or their file, "name": str}.
-    channels: 1, 3 or 4; colours are converted, transparency is laid on white.
+    channels: 1, 3 or 4; colours are converted, transparency is laid on white. The picture is
+      upright, as viewers show it: an orientation that a camera wrote is heeded.
 
   Raises:
     BadRecord: the record cannot be decoded; names it. Pillow's limit on pixels stays on.
   """
   with opened(record) as image:
-    return _array(_converted(_jpeg(image, (0, 0)), channels), channels)
+    turn = upright(image)
+    return _array(_converted(_turned(_jpeg(image, (0, 0)), turn), channels), channels)
+
+
+def header(record: Mapping[str, Any]) -> tuple[int, int, int]:
+  """(h, w, c) of a record's upright image, from its header. Raises as `decode`."""
+  with opened(record) as image:
+    grey = image.mode in ("1", "L") or "I" in image.mode
+    return *_sides(image, upright(image)), 1 if grey else 3
 
 
 def decode_looks(record: Mapping[str, Any], channels: int, looks: Sequence[geometry.Look],
@@ -36,18 +54,60 @@ def decode_looks(record: Mapping[str, Any], channels: int, looks: Sequence[geome
   box stays at least as large as what it is resized to. Raises as `decode`.
   """
   with opened(record) as image:
-    full_w, full_h = image.size
+    stored, turn = image.size, upright(image)
+    full_h, full_w = _sides(image, turn)
     cuts = [look.cut(full_h, full_w) for look in looks]
     drafted = None
     if coarse:
-      drafted = image.draft(None, (
-        max(math.ceil(full_w * cut.size[1] / cut.box[3]) for cut in cuts),
-        max(math.ceil(full_h * cut.size[0] / cut.box[2]) for cut in cuts)))
-    image = _jpeg(image, image.size if image.size != (full_w, full_h) else (0, 0))
-    image = _converted(image, channels)
-    scale = drafted[1][2] / full_w if drafted else 1  # exact; the sides are rounded up
+      least = (max(math.ceil(full_w * cut.size[1] / cut.box[3]) for cut in cuts),
+               max(math.ceil(full_h * cut.size[0] / cut.box[2]) for cut in cuts))
+      drafted = image.draft(None, least[::-1] if turn in SIDEWAYS else least)
+    image = _jpeg(image, image.size if image.size != stored else (0, 0))
+    image = _converted(_turned(image, turn), channels)
+    scale = drafted[1][2] / stored[0] if drafted else 1  # exact; the sides are rounded up
     return [_array(geometry.see(image, cut, look.interpolation, look.exact, scale), channels)
             for cut, look in zip(cuts, looks)]
+
+
+def upright(image: Image.Image) -> Image.Transpose | None:
+  """What sets the pixels of an opened image upright, or None; a broken mark says nothing."""
+  if image.format == "TIFF":
+    return None  # Pillow turns these itself
+  if MARKS.isdisjoint(image.info) and not (image.format == "PNG" and _has_late_exif(image)):
+    return None
+  try:
+    return TURNS.get(image.getexif().get(ORIENTATION))
+  except Exception:  # whatever a camera wrote: Pillow's readers of it raise all kinds
+    return None
+
+
+def _has_late_exif(image: Image.Image) -> bool:
+  """Whether a PNG has its EXIF behind the pixels, where some programs write it."""
+  file, kind = image.fp, b""
+  before = file.tell()
+  file.seek(8)
+  while kind not in (b"eXIf", b"IEND") and len(chunk := file.read(8)) == 8:
+    length, kind = struct.unpack(">I4s", chunk)
+    file.seek(length + 4, io.SEEK_CUR)
+  file.seek(before)
+  return kind == b"eXIf"
+
+
+def _sides(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
+  """(height, width) of an image once it is turned."""
+  return image.size if turn in SIDEWAYS else image.size[::-1]
+
+
+def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+  return image if turn is None else image.transpose(turn)
+
+
+def _check_depth(image: Image.Image):
+  """Raises ValueError on pixels that have no one way to 8 bits."""
+  if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+    kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+    raise ValueError(f"its pixels are {kind} numbers, and nothing says which of them is white: "
+                     "write it anew with 8 or 16 bits, scaled as is right for what it shows")
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:
@@ -86,6 +146,7 @@ def opened(record: Mapping[str, Any]):
   data = record["image"]
   try:
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+      _check_depth(image)
       yield image
   except Exception as e:
     raise BadRecord("undecodable image", f"cannot decode the image {record['name']}: {e}") from e

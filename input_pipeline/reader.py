@@ -71,7 +71,10 @@ class Options(NamedTuple):
   favour: str | None = None  # regular expression of captions, from their start: the examples that
   # have one are `favour_share` of the training examples, in an order of their own
   favour_share: float = 0.5  # of the training examples, (0, 1)
-  held_out: float = 0.05  # share of the lines of a file of texts that are the split "test", (0, 1)
+  held_out: float | None = None  # share that is the split "test" of the lines of a file of texts,
+  # (0, 1), None = 0.05; or of the images of a folder that has one split alone, [0, 1), None = 0;
+  # train.py writes 0.1 into new runs that say neither this nor eval_split
+  follow_links: bool = False  # whether links in a folder may lead out of it
 
 
 class Reader:
@@ -137,6 +140,10 @@ class Reader:
 
   def eval(self, split: str | None = None, batch_size: int | None = None, rows=None):
     split = self.eval_split if split is None else split
+    if split is None:
+      raise ValueError(f"{self.source!r} has no split test or val to evaluate on, but "
+                       f"{' and '.join(self.splits)}: say data.eval_split, or data.held_out in a "
+                       "new run")
     batch_size = self.batch_size if batch_size is None else batch_size
     check_split("split", split, self.splits)
     check_least("batch_size", batch_size, 1)

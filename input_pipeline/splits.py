@@ -1,7 +1,11 @@
-"""Parts of splits: `train[:99%]` names the first 99 of 100 examples of `train`, as TFDS has it."""
+"""Parts of splits, `train[:99%]` as TFDS has it; splits that count classes as another set does."""
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
+
+from input_pipeline.folders import composed
+from input_pipeline.records import nearest
 
 PART = re.compile(r"(\w+)\[(\d+%?)?:(\d+%?)?\]")
 
@@ -44,3 +48,52 @@ def with_parts(splits: Mapping[str, Sequence], names: Iterable[str | None]) -> d
       raise ValueError(f"split {name!r}: none of the {n} examples of {found[1]!r}")
     splits[name] = Part(records, indices)
   return splits
+
+
+class Renumbered(Sequence):
+  """The records of a split with other numbers in the place of their labels."""
+
+  def __init__(self, records: Sequence, numbers: Sequence[int]):
+    self.records, self.numbers = records, numbers
+
+  def __len__(self):
+    return len(self.records)
+
+  def __getitem__(self, i):
+    return self._renumbered(self.records[i])
+
+  def __getitems__(self, indices):
+    return [*map(self._renumbered, self.records.__getitems__(indices))]
+
+  def _renumbered(self, record):
+    label = record.get("label", -1)
+    return record | {"label": self.numbers[label]} if label >= 0 else record  # -1: has none
+
+
+def with_classes(reader, classes: Sequence[str]):
+  """A `reader.Reader` whose labels count the classes as a run does that knows `classes`, by name.
+
+  Raises ValueError where the data has a class without a name, or of a name that is not one of them.
+  """
+  info = reader.info
+  if not info.num_classes or info.class_names == tuple(classes):
+    return reader
+  said = f"data.source={reader.source!r}: the run knows its {len(classes)} classes by name"
+  if not info.class_names:
+    raise ValueError(f"{said}, {_some(classes)}; the {info.num_classes} classes here have no names")
+  index = {composed(name): i for i, name in enumerate(classes)}
+  names = [*map(composed, info.class_names)]
+  if unknown := [name for name in names if name not in index]:
+    raise ValueError(f"{said}, and not {_some([*map(repr, unknown)])}; "
+                     + nearest(unknown[0], classes[:50] if len(classes) > 50 else classes))
+  features = {name: x._replace(classes=len(classes)) if x.kind == "label" else x
+              for name, x in info.features.items()}
+  reader, numbers = copy.copy(reader), [index[name] for name in names]
+  reader.splits = {name: Renumbered(split, numbers) for name, split in reader.splits.items()}
+  reader.info = info._replace(num_classes=len(classes), class_names=tuple(classes),
+                              features=features)
+  return reader
+
+
+def _some(names: Sequence[str]) -> str:
+  return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -51,6 +51,14 @@ def recognise(names: Iterable[str], config: Mapping, wanted: str = "") -> Format
   return fits[0]
 
 
+def unwrapped(source):
+  """(a `files.Source` without what wrappers put before its names, what to tell of it)."""
+  prefix = wrapper(source.tensors)
+  tensors = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()}
+  told = f"; {prefix!r} taken off all {len(tensors)} names" if prefix else ""
+  return source._replace(tensors=tensors), told
+
+
 VIT_HF = FORMATS["vit/hf"]
 # Of what people train in: DDP, torch.compile, Lightning, teacher and student, averages.
 WRAPPERS = ("module", "_orig_mod", "model", "student", "teacher", "network", "net")

@@ -26,6 +26,19 @@ at_most.defvjp(lambda x, bound: (jnp.minimum(x, bound), x),
                lambda bound, x, g: (jnp.where(x < bound, g, jnp.maximum(g, 0)),))
 
 
+def check(model, batch_size: int, loss: str, chunk: int, max_logit_scale: float | None):
+  """Raises ValueError, with the field, where these do not go together."""
+  if (loss == "sigmoid") != (model.init_bias is not None):
+    raise ValueError(f"method.loss = {loss!r} and model.init_bias = {model.init_bias}: the sigmoid "
+                     "loss needs a bias (SigLIP: -10.0), the softmax would cancel it (None)")
+  if chunk < 0 or chunk and batch_size % chunk:
+    raise ValueError(f"method.chunk = {chunk}: expected 0 or a divisor of the {batch_size} pairs "
+                     "of a batch (divided by config.accumulate)")
+  if max_logit_scale is not None and max_logit_scale < model.init_scale:
+    raise ValueError(f"method.max_logit_scale = {max_logit_scale}: expected at least "
+                     f"model.init_scale, {model.init_scale:.4g}")
+
+
 def make(model, *, batch_size: int, loss: Literal["softmax", "sigmoid"] = "softmax", chunk: int = 0,
          max_logit_scale: float | None = 100.0, image_train: bool = True) -> Method:
   """Two towers learn to tell an image's caption from the other captions of the global batch.
@@ -42,15 +55,7 @@ def make(model, *, batch_size: int, loss: Literal["softmax", "sigmoid"] = "softm
     image_train: False for a locked image tower: it runs as in evaluation, and its batch statistics
       stay what they are.
   """
-  if (loss == "sigmoid") != (model.init_bias is not None):
-    raise ValueError(f"method.loss = {loss!r} and model.init_bias = {model.init_bias}: the sigmoid "
-                     "loss needs a bias (SigLIP: -10.0), the softmax would cancel it (None)")
-  if chunk < 0 or chunk and batch_size % chunk:
-    raise ValueError(f"method.chunk = {chunk}: expected 0 or a divisor of the {batch_size} pairs "
-                     "of a batch (divided by config.accumulate)")
-  if max_logit_scale is not None and max_logit_scale < model.init_scale:
-    raise ValueError(f"method.max_logit_scale = {max_logit_scale}: expected at least "
-                     f"model.init_scale, {model.init_scale:.4g}")
+  check(model, batch_size, loss, chunk, max_logit_scale)
 
   def scale_of(logit_scale):
     return jnp.exp(logit_scale if max_logit_scale is None else

@@ -99,7 +99,7 @@ def embed_views(run, params, extra, batch, rng):
   return (q1, q2, k1, k2), {**extra, "stats": stats, "momentum_stats": key_stats}
 
 
-def compare_views(features, temperature: float):
+def compare_views(temperature: float, params, features, step):
   """Algorithm 1 of 2104.02057: ctr(q1, k2) + ctr(q2, k1), each times 2 tau -> (scalar, metrics)."""
   q1, q2, k1, k2 = features
   label = jnp.arange(q1.shape[0])
@@ -171,18 +171,18 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
     return contrastive.normalize(y[0] if method else y), stats
 
   def moved(params, extra, step):
-    m = SCHEDULES[momentum_schedule](momentum, step / total_steps)
-    return update_momentum(params, extra, m, step)
+    done = step / total_steps
+    return update_momentum(params, extra, SCHEDULES[momentum_schedule](momentum, done), step)
 
   def against_queue(params, extra, batch, rng, step):
     value, extra, metrics = queue_loss(run, params, moved(params, extra, step), batch, rng, step,
                                        temperature, shuffles)
     return value.mean(), (extra, jax.lax.stop_gradient(metrics))
 
-  loss = against_queue if queue_size else Contrast(
-    lambda params, extra, batch, rng, step: embed_views(
-      run, params, moved(params, extra, step), batch, rng),
-    lambda params, features, step: compare_views(features, temperature))
+  def embed(params, extra, batch, rng, step):
+    return embed_views(run, params, moved(params, extra, step), batch, rng)
+
+  compare = functools.partial(compare_views, temperature)
 
   def encode(params, extra, batch, **kwargs):
     return model.apply({"params": params, **extra["stats"]}, batch["image"], method="encode",
@@ -190,5 +190,6 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
 
   predict = image_predictions(model.backbone, encode, lambda params: params["backbone"])
   warn = functools.partial(warn_of_collapse, collapse_threshold)
+  loss = against_queue if queue_size else Contrast(embed, compare)
   return Method(init, loss, predict, draw, warn, statistics="stats/batch_stats",
                 needs=("image", "image_2"))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs.base import own_data
@@ -15,6 +16,7 @@ from trainer import fields
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ("steps", "epochs", "examples")
+HELD_OUT = 0.1  # share of a folder with one split alone that a new run evaluates on
 SHORT = {"init": "init.run"}  # what --config.NAME=VALUE of a whole section means
 
 
@@ -126,6 +128,23 @@ def override(config: ConfigDict, key: str, text: str):
     raise ValueError(f"config.{key} = {text!r}: expected {type(old).__name__}")
   with node.unlocked(), node.ignore_type():
     node[leaf] = ConfigDict(value) if isinstance(value, dict) else value
+
+
+def hold_out(config: ConfigDict, workdir) -> ConfigDict:
+  """The config with the share of a folder of images that the run in `workdir` evaluates on.
+
+  A run that is continued goes on with the share that it began with, or with none. A new one has
+  HELD_OUT, of use where the folder has one split alone, unless its config says a share or splits.
+  """
+  data = config.data
+  if ("held_out" in data or data.get("latents") or data.get("eval_split") is not None
+      or "[" in str(data.get("train_split")) or not str(data.get("source")).startswith("folder:")):
+    return config
+  path, config = epath.Path(workdir) / "config.json", ConfigDict(config.to_dict())
+  began = json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {
+    "held_out": HELD_OUT}
+  config.data.held_out = began.get("held_out")
+  return config
 
 
 def plain(config) -> dict:

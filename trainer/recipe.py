@@ -269,6 +269,17 @@ def check_evals(evals: Mapping, facts: Facts | None = None):
       module.check(facts._replace(name=name), **call.arguments)
 
 
+def leave_out_evals(config: ConfigDict, facts: Facts | None):
+  """Takes from a config the evaluations that own data cannot have, and tells of each why."""
+  check_evals(config.evals)  # what is wrong in any data is not left out
+  for name in [*config.evals]:
+    try:
+      check_evals({name: config.evals[name]}, facts)
+    except ValueError as error:
+      log.warning("own data: the evaluation %s is left out: %s", name, error)
+      del config.evals[name]
+
+
 class Recipe(NamedTuple):
   """Everything a run needs, made from its config and checked; nothing compiled yet."""
 
@@ -314,7 +325,10 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   tx, rate = make_optimizer(config, train_size, method)
   for name, phase in method.phases.items():
     sharding.check_batch(batch_size, config.accumulate, mesh, times=(phase.times, name))
-  check_evals(config.evals, facts_of(method, data, opened))
+  facts = facts_of(method, data, opened)
+  if config.own_data:
+    leave_out_evals(config, facts)
+  check_evals(config.evals, facts)
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.
   fields.arguments(store.Checkpoints, checkpoint, "checkpoint", workdir="", metadata=None,

@@ -14,7 +14,8 @@ from input_pipeline.records import Source, nearest
 
 
 def open_source(source: str, data_dir: str | None = None, on_error: str = "raise",
-                latents: str | None = None, held_out: float = 0.05) -> Source:
+                latents: str | None = None, held_out: float | None = None,
+                follow_links: bool = False) -> Source:
   """Opens a source for random access; prepares a TFDS set on first use.
 
   Args:
@@ -24,13 +25,15 @@ def open_source(source: str, data_dir: str | None = None, on_error: str = "raise
     on_error: "skip" passes over the bad rows of a metadata file, and warns of their number.
     latents: where arrays of an autoencoder stand in the place of images: see
       `input_pipeline.latents.read_latent`.
-    held_out: share of `lines:` that the split "test" has.
+    held_out: share of `lines:` that the split "test" has, or of a folder with one split alone.
+    follow_links: whether links of a folder may lead out of it.
 
   Raises:
     ValueError, FileNotFoundError: an unknown source, or one that cannot be read, and why.
   """
   module, rest = find(source)
-  options = dict(data_dir=data_dir, on_error=on_error, latents=latents, held_out=held_out)
+  options = dict(data_dir=data_dir, on_error=on_error, latents=latents, held_out=held_out,
+                 follow_links=follow_links)
   taken = inspect.signature(module.open_source).parameters
   return module.open_source(rest, **{k: v for k, v in options.items() if k in taken})
 

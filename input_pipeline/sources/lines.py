@@ -43,12 +43,12 @@ class _TextLines(Sequence):
     return {"name": f"{self.path}, line {number}", "text": utf8(file.read(length)).strip()}
 
 
-def open_source(rest: str, *, on_error: str = "raise", held_out: float = 0.05) -> Source:
+def open_source(rest: str, *, on_error: str = "raise", held_out: float | None = None) -> Source:
   """Opens a text file in UTF-8, a text a line; lines that are empty are passed over.
 
   A line is of the split "test" or "train" by what it says, so that no text is in both.
   """
-  path = Path(rest).expanduser()
+  path, held_out = Path(rest).expanduser(), 0.05 if held_out is None else held_out
   if not 0 < held_out < 1:
     raise ValueError(f"data.held_out={held_out}: expected a number in (0, 1)")
   if not path.is_file():
