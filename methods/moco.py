@@ -63,7 +63,7 @@ def queue_loss(run, params, extra, batch, rng, step, temperature: float, shuffle
     shuffles: keys are encoded in the order of batch["shuffle"] [b].
 
   Returns:
-    (losses [b], `extra` after them, `metrics_of` them and the mean age of keys in steps).
+    (their mean, (`extra` after them, `metrics_of` them and the mean age of keys in steps)).
   """
   query_key, key_key = jax.random.split(rng)
   query, stats = run(params, extra["stats"], batch["image"], query_key)
@@ -84,8 +84,8 @@ def queue_loss(run, params, extra, batch, rng, step, temperature: float, shuffle
            "queued_at": extra["queued_at"].at[place].set(step + 1),
            "pointer": (extra["pointer"] + query.shape[0]) % length}
   age = (step + 1 - extra["queued_at"]).astype(jnp.float32).mean()
-  value = contrastive.info_nce(logits, label)
-  return value, extra, {**metrics_of(query, logits, label, temperature), "queue_age": age}
+  metrics = {**metrics_of(query, logits, label, temperature), "queue_age": age}
+  return contrastive.info_nce(logits, label).mean(), (extra, jax.lax.stop_gradient(metrics))
 
 
 def embed_views(run, params, extra, batch, rng):
@@ -171,13 +171,12 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
     return contrastive.normalize(y[0] if method else y), stats
 
   def moved(params, extra, step):
-    done = step / total_steps
-    return update_momentum(params, extra, SCHEDULES[momentum_schedule](momentum, done), step)
+    now = SCHEDULES[momentum_schedule](momentum, step / total_steps)
+    return update_momentum(params, extra, now, step)
 
   def against_queue(params, extra, batch, rng, step):
-    value, extra, metrics = queue_loss(run, params, moved(params, extra, step), batch, rng, step,
-                                       temperature, shuffles)
-    return value.mean(), (extra, jax.lax.stop_gradient(metrics))
+    return queue_loss(run, params, moved(params, extra, step), batch, rng, step, temperature,
+                      shuffles)
 
   def embed(params, extra, batch, rng, step):
     return embed_views(run, params, moved(params, extra, step), batch, rng)
