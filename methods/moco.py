@@ -181,14 +181,12 @@ def make(model, *, batch_size: int, total_steps: int, queue_size: int = 65536,
   def embed(params, extra, batch, rng, step):
     return embed_views(run, params, moved(params, extra, step), batch, rng)
 
-  compare = functools.partial(compare_views, temperature)
-
   def encode(params, extra, batch, **kwargs):
     return model.apply({"params": params, **extra["stats"]}, batch["image"], method="encode",
                        **kwargs)[1]
 
   predict = image_predictions(model.backbone, encode, lambda params: params["backbone"])
-  warn = functools.partial(warn_of_collapse, collapse_threshold)
-  loss = against_queue if queue_size else Contrast(embed, compare)
-  return Method(init, loss, predict, draw, warn, statistics="stats/batch_stats",
-                needs=("image", "image_2"))
+  loss = against_queue if queue_size else Contrast(
+    embed, functools.partial(compare_views, temperature))
+  return Method(init, loss, predict, draw, functools.partial(warn_of_collapse, collapse_threshold),
+                statistics="stats/batch_stats", needs=("image", "image_2"))
