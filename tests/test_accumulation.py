@@ -21,7 +21,7 @@ TEXT = dict(text_width=16, text_depth=1, text_heads=2, embed_dim=8, vocab_size=2
 def methods(batch_size: int):
   return {
     "clip": lambda: clip_method.make(clip.make(**VIT, **TEXT), batch_size=batch_size),
-    "siglip": lambda: clip_method.make(clip.make(**VIT, **TEXT, init_bias=-10.0),
+    "siglip": lambda: clip_method.make(clip.make(**VIT, **TEXT, init_bias=-1.0),
                                        batch_size=batch_size, loss="sigmoid", max_logit_scale=None),
     "moco_v3": lambda: moco_method.make(
       moco.make(backbone="vit", **VIT, dim=8, projector_hidden=(16,), predictor_hidden=(16,),
