@@ -134,6 +134,9 @@ def test_a_share_of_each_class_is_held_out_whatever_the_order(tmp_path, caplog):
   first, second = (folder_source.hold_out(order, 0.25, tmp_path)["test"]
                    for order in (rows, rows[::-1]))
   assert len(first) == 5 and sorted(map(str, first)) == sorted(map(str, second))
+  rows = [{"file": f"{i}.png", "label": min(i, 10)} for i in range(15)]
+  held = folder_source.hold_out(rows, 0.5, tmp_path)["test"]
+  assert [row["label"] for row in held] == [10] * 4
 
 
 @pytest.mark.parametrize("held_out", [None, 0])
@@ -269,6 +272,15 @@ def test_links_to_images_that_are_read_already_are_refused(tmp_path, link, targe
     (tmp_path / "data/out").symlink_to(tmp_path / "out")
   (tmp_path / link).symlink_to(tmp_path / target)
   with pytest.raises(ValueError, match="links to a folder, whose images would be read twice"):
+    info_of(tmp_path / "data", follow_links=True)
+
+
+def test_a_link_to_what_is_around_images_that_are_read_is_refused(tmp_path):
+  write(tmp_path, "data/cat/a.png", "out/deep/b.png")
+  (tmp_path / "data/dog").symlink_to(tmp_path / "out/deep")
+  assert info_of(tmp_path / "data", follow_links=True).num_examples == {"train": 2}
+  (tmp_path / "data/owl").symlink_to(tmp_path / "out")
+  with pytest.raises(ValueError, match="owl links to a folder, whose images would be read twice"):
     info_of(tmp_path / "data", follow_links=True)
 
 
