@@ -67,6 +67,10 @@ def test_one_split_alone_is_evaluated_on_a_share_of_it(folder, tmp_path, caplog,
   assert evaluate.main([f"--workdir={run}", "--json"]) == 0
   again = json.loads(capsys.readouterr().out)["classification/top1"]
   assert again == read_metrics(run)[-1]["eval/classification/top1"]
+  other = [f"--workdir={run}", f"--config.data.source=folder:{folder / 'train'}/", "--json"]
+  assert evaluate.main(other) == 1
+  assert "data.eval_split=train evaluates on that" in capsys.readouterr().err
+  assert evaluate.main([*other, "--config.data.eval_split=train"]) == 0
 
 
 def test_a_run_from_before_a_share_was_held_out_goes_on_with_all_images(folder, tmp_path):
