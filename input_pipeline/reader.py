@@ -142,8 +142,8 @@ class Reader:
     split = self.eval_split if split is None else split
     if split is None:
       raise ValueError(f"{self.source!r} has no split test or val to evaluate on, but "
-                       f"{' and '.join(self.splits)}: say data.eval_split, or data.held_out in a "
-                       "new run")
+                       f"{' and '.join(self.splits)}: data.eval_split={self.train_split} evaluates "
+                       "on that, data.held_out=0.1, in a new run, on a part that is kept for it")
     batch_size = self.batch_size if batch_size is None else batch_size
     check_split("split", split, self.splits)
     check_least("batch_size", batch_size, 1)

@@ -124,7 +124,7 @@ def folder(tmp_path):
 def own(folder):
   return [f"--config.data.source=folder:{folder}", "--config.augment.image_size=16",
           "--config.augment.affine=none", "--config.evals.zero_shot=none", "--config.total_steps=3",
-          "--config.eval_every_steps=0", "--config.evals.retrieval.split=train",
+          "--config.eval_every_steps=0", "--config.evals.retrieval.split=test",
           "--config.evals.retrieval.unique=.*"]
 
 

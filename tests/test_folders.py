@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import batches, records, splits
+from input_pipeline import batches, folders, records, splits
+from input_pipeline.metadata import read_metadata
 from input_pipeline.sources import folder as folder_source
 from input_pipeline.sources import open_source
 from trainer import recipe
@@ -134,6 +135,9 @@ def test_a_share_of_each_class_is_held_out_whatever_the_order(tmp_path, caplog):
   first, second = (folder_source.hold_out(order, 0.25, tmp_path)["test"]
                    for order in (rows, rows[::-1]))
   assert len(first) == 5 and sorted(map(str, first)) == sorted(map(str, second))
+  rows = [{"file": f"{i}.png", "label": min(i, 10)} for i in range(15)]
+  held = folder_source.hold_out(rows, 0.5, tmp_path)["test"]
+  assert [row["label"] for row in held] == [10] * 4
 
 
 @pytest.mark.parametrize("held_out", [None, 0])
@@ -178,8 +182,8 @@ def test_a_run_holds_out_what_it_began_with(tmp_path):
 def test_no_split_to_evaluate_on_is_told(tmp_path):
   of_classes(tmp_path, ".")
   data = batches.make(f"folder:{tmp_path}", batch_size=2)
-  with pytest.raises(ValueError, match="has no split test or val to evaluate on, but train: say "
-                                       "data.eval_split, or data.held_out"):
+  with pytest.raises(ValueError, match="has no split test or val to evaluate on, but train: "
+                                       "data.eval_split=train evaluates on that, data.held_out"):
     data.eval()
 
 
@@ -272,6 +276,15 @@ def test_links_to_images_that_are_read_already_are_refused(tmp_path, link, targe
     info_of(tmp_path / "data", follow_links=True)
 
 
+def test_a_link_to_what_is_around_images_that_are_read_is_refused(tmp_path):
+  write(tmp_path, "data/cat/a.png", "out/deep/b.png")
+  (tmp_path / "data/dog").symlink_to(tmp_path / "out/deep")
+  assert info_of(tmp_path / "data", follow_links=True).num_examples == {"train": 2}
+  (tmp_path / "data/owl").symlink_to(tmp_path / "out")
+  with pytest.raises(ValueError, match="owl links to a folder, whose images would be read twice"):
+    info_of(tmp_path / "data", follow_links=True)
+
+
 def test_metadata_follow_links_where_allowed(tmp_path):
   write(tmp_path, "out/a.png", "data/b.png")
   (tmp_path / "data/images").symlink_to(tmp_path / "out")
@@ -349,7 +362,7 @@ def test_rows_are_read_without_asking_the_disk_for_each(tmp_path, monkeypatch):
   monkeypatch.setattr(os.path, "realpath", lambda *a, **k: asked.append(a) or real(*a, **k))
   listed, scandir = [], os.scandir
   monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
-  assert info_of(tmp_path).num_examples == {"train": 50}
+  assert len(read_metadata("metadata.csv", folders.Tree(tmp_path), "raise")) == 50
   assert len(asked) == 1 and len(listed) == 2  # the root; the root and its images
 
 

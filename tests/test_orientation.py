@@ -85,9 +85,18 @@ def test_a_png_may_say_it_behind_its_pixels():
   assert see(data, (0, 0, 32, 24), (32, 24)).shape == (32, 24, 3)
 
 
+def test_a_tiff_with_xmp_is_not_turned_twice():
+  file, xmp = io.BytesIO(), b'<x xmlns:tiff="t" tiff:Orientation="6"/>'
+  Image.fromarray(picture()).save(file, "tiff", tiffinfo={decode.ORIENTATION: 6, 700: xmp})
+  assert "xmp" in Image.open(file).info
+  want = np.asarray(Image.fromarray(picture()).transpose(Image.Transpose.ROTATE_270))
+  np.testing.assert_array_equal(decode.decode(record(file.getvalue()), 3), want)
+  assert decode.header(record(file.getvalue())) == (32, 24, 3)
+
+
 def test_a_broken_mark_says_nothing():
   data = encoded(picture(), "png", None)
-  chunk = b"eXIf" + b"MM\0*\0\0\0\x08\xff\xff broken"
+  chunk = b"eXIfno EXIF at all"
   chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
   broken = data[:33] + chunk + data[33:]
   np.testing.assert_array_equal(decode.decode(record(broken), 3), picture())

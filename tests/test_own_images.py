@@ -46,10 +46,10 @@ def test_images_of_many_sizes_need_a_size(folder, tmp_path, capsys):
 
 def own_run(workdir, source, *flags):
   return train.main([
-    "--config=configs/vit.py:smoke", f"--workdir={workdir}", f"--config.data.source=folder:{source}",
-    "--config.data.batch_size=8", "--config.augment.image_size=16", "--config.augment.affine=none",
-    "--config.total_steps=2", "--config.eval_every_steps=0", "--config.schedule.warmup_steps=0",
-    *flags])
+    "--config=configs/vit.py:smoke", f"--workdir={workdir}",
+    f"--config.data.source=folder:{source}", "--config.data.batch_size=8",
+    "--config.augment.image_size=16", "--config.augment.affine=none", "--config.total_steps=2",
+    "--config.eval_every_steps=0", "--config.schedule.warmup_steps=0", *flags])
 
 
 def config_of(workdir):
@@ -67,6 +67,10 @@ def test_one_split_alone_is_evaluated_on_a_share_of_it(folder, tmp_path, caplog,
   assert evaluate.main([f"--workdir={run}", "--json"]) == 0
   again = json.loads(capsys.readouterr().out)["classification/top1"]
   assert again == read_metrics(run)[-1]["eval/classification/top1"]
+  other = [f"--workdir={run}", f"--config.data.source=folder:{folder / 'train'}/", "--json"]
+  assert evaluate.main(other) == 1
+  assert "data.eval_split=train evaluates on that" in capsys.readouterr().err
+  assert evaluate.main([*other, "--config.data.eval_split=train"]) == 0
 
 
 def test_a_run_from_before_a_share_was_held_out_goes_on_with_all_images(folder, tmp_path):
@@ -88,20 +92,19 @@ def test_classes_of_other_data_are_the_runs_by_name(folder, tmp_path, capsys, ca
   for split in ("train", "test"):
     shutil.copytree(folder / split / "light", other / split / "light")
 
-  def evaluated(*flags):
+  def evaluated():
     capsys.readouterr()
-    code = evaluate.main([f"--workdir={run}", f"--config.data.source=folder:{other}", "--json",
-                          "--config.data.batch_size=4", *flags])
+    code = evaluate.main([f"--workdir={run}", f"--config.data.source=folder:{other}", "--json"])
     said = capsys.readouterr()
     return json.loads(said.out)["classification/top1"] if code == 0 else said.err
 
-  own = read_metrics(run)[-1]["eval/classification/top1"]
-  assert own >= 0.9 and evaluated() >= 0.8
+  own, there = read_metrics(run)[-1]["eval/classification/top1"], evaluated()
+  assert own >= 0.9 and there >= 0.8
   (run / "data.json").rename(run / "kept.json")
   assert evaluated() <= 0.2  # as older runs have it, whose classes have no names
   assert "the run has 2 classes, whose names it does not know; the data has 1" in caplog.text
   (run / "kept.json").rename(run / "data.json")
   for split in ("train", "test"):
     (other / split / "light").rename(other / split / "lihgt")
-  assert "the run knows its 2 classes by name, and not 'lihgt'; allowed: dark, light; did you mean " \
-         "'light'?" in evaluated()
+  assert ("the run knows its 2 classes by name, and not 'lihgt'; allowed: dark, light; did you "
+          "mean 'light'?") in evaluated()

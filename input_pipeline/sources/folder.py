@@ -25,7 +25,7 @@ from input_pipeline.records import (
 
 NEEDS_REST = True
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-              *([".avif"] if pillow.check("avif") else []))
+              *([".avif"] if "avif" in pillow.modules and pillow.check("avif") else []))
 # Pictures all the same, of which is told that they are not read.
 OTHERS = (".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".jpe", ".svg", ".psd", ".dng",
           ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
