@@ -3,8 +3,7 @@ r"""Masked language modelling: an encoder of texts that tells which tokens were 
   python train.py --config=configs/bert.py           the names of the embedded letters, minutes on
                                                      two CPU cores
   python train.py --config=configs/bert.py:smoke     the same in seconds
-  python train.py --config=configs/bert.py --config.data.source=lines:PATH.txt \
-    --config.evals.masked_text.split=test
+  python train.py --config=configs/bert.py --config.data.source=lines:PATH.txt
 
 reads any file of texts, one a line. UniLM's mix of attention masks: --config.method.masks=unilm. A
 text tower of configs/clip.py starts from such a run by --config.init.text_run=DIR.

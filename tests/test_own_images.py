@@ -38,9 +38,10 @@ def test_colour_images_of_many_sizes(folder, tmp_path):
   assert "eval/classification/top5" not in rows[-1]  # two classes
 
 
-def test_images_of_many_sizes_need_a_size(folder, tmp_path, capsys):
+def test_images_of_many_sizes_need_a_size_where_nothing_settles_it(folder, tmp_path, capsys):
   assert train.main(["--config=configs/vit.py:smoke", f"--workdir={tmp_path / 'run'}",
-                     f"--config.data.source=folder:{folder}", "--config.data.batch_size=8"]) == 1
+                     f"--config.data.source=folder:{folder}", "--config.data.batch_size=8",
+                     "--config.own_data=false"]) == 1
   assert "augment.image_size" in capsys.readouterr().err
 
 

@@ -56,15 +56,15 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
   return config
 
 
-def settle_size(config: ConfigDict, native: tuple[int, int], most: int = 64):
+def settle_size(config: ConfigDict, native: tuple[int, int]):
   """Images of a size that the model's patch divides, for one who brings own images and says none.
 
-  Their ratio stays, nearly; the shorter side is at most `most` pixels, as recipes that were made
-  for small images would take long for large ones.
+  Their ratio stays, nearly; the shorter side is at most 64 pixels and eight patches, as recipes
+  that were made for small images would take long for large ones.
   """
   variant = str(config.model.get("variant") or "")
   patch = config.model.get("patch") or int(variant.partition("/")[2] or 1)
-  scale = min(1, most / min(native))
+  scale = min(1, min(64, 8 * patch if patch > 1 else 64) / min(native))
   size = tuple(patch * max(1, math.ceil(side * scale / patch - 1e-9)) for side in native)
   if size != native:
     config.augment.image_size = size
