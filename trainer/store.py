@@ -1,10 +1,12 @@
 """What a run directory keeps: checkpoints, asynchronous, atomic and checked; and the config."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -80,7 +82,10 @@ def exist(workdir) -> bool:
 
 
 def first_line(error: Exception) -> str:
-  return (str(error) or type(error).__name__).splitlines()[0]
+  """An error in few words: what storage says of a disk is long, and says this at its end."""
+  said = str(error) or type(error).__name__
+  of_disk = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+  return next((words for words in of_disk if words in said), said.splitlines()[0])
 
 
 class _Preserve:
