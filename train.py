@@ -80,9 +80,12 @@ def train(args, overrides: dict[str, str], command: str, signals) -> int:
   from trainer import loop, preemption, recipe, same_run
   config = recipe.load_config(args.config, overrides)
   workdir = Path(args.workdir or Path("runs") / config.config_name.replace(":", "_"))
-  built = signals.at_once(
-    lambda: recipe.build(same_run.without_other_runs(config, workdir), args.data_dir),
-    preemption.before)
+  try:
+    built = signals.at_once(
+      lambda: recipe.build(same_run.without_other_runs(config, workdir), args.data_dir),
+      preemption.before)
+  except ValueError as error:
+    raise ValueError(f"{error}{loop.may_skip(error, config)}") from error
   if args.print_config:
     from trainer import help
     help.print_config(built, workdir)
