@@ -151,7 +151,8 @@ def import_weights(args, overrides) -> str:
                           None), 0)
     kept.finish()
     kept.close()
-    (folder / "config.json").write_text(json.dumps(recipe.plain(config), indent=2) + "\n")
+    (folder / "config.json").write_text(
+      json.dumps(recipe.plain(config), indent=2) + "\n", encoding="utf-8")
     files.write(folder / ASIDE, aside, {
       "format": form.name, "names": json.dumps(renamed), "config": json.dumps(source.config)})
     if tokenizer:
@@ -185,11 +186,12 @@ def export_weights(args) -> str:
   with new_folder(Path(args.to)) as folder:
     files.write(folder / f"model{form.suffix}", tensors)
     if config:
-      (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+      (folder / "config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if form.publisher == "hf" and form.images:
       (folder / "preprocessor_config.json").write_text(json.dumps(
         preprocessing.to_hugging_face(run.config.augment, run.config.model.channels),
-        indent=2) + "\n")
+        indent=2) + "\n", encoding="utf-8")
     tokenizer = Path(args.source) / store.TOKENIZER
     if tokenizer.exists():
       shutil.copy(tokenizer, folder)

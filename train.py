@@ -81,10 +81,12 @@ def train(args, overrides: dict[str, str], command: str, signals) -> int:
   from trainer.config import hold_out
   config = recipe.load_config(args.config, overrides)
   workdir = Path(args.workdir or Path("runs") / config.config_name.replace(":", "_"))
-  built = signals.at_once(
-    lambda: recipe.build(hold_out(same_run.without_other_runs(config, workdir), workdir),
-                         args.data_dir),
-    preemption.before)
+  try:
+    built = signals.at_once(
+      lambda: recipe.build(hold_out(same_run.without_other_runs(config, workdir), workdir),
+                           args.data_dir), preemption.before)
+  except ValueError as error:
+    raise ValueError(f"{error}{loop.may_skip(error, config)}") from error
   if args.print_config:
     from trainer import help
     help.print_config(built, workdir)

@@ -53,8 +53,8 @@ def config_module(name: str):
   if not path.is_file() and (ROOT / path).is_file():  # called from another folder
     path = ROOT / path
   if not path.is_file():
-    found = sorted(map(str, path.parent.glob("*.py"))) or sorted(
-      str(p.relative_to(ROOT)) for p in (ROOT / path.parent).glob("*.py"))
+    found = sorted({str(path.parent / p.name) for folder in (path.parent, ROOT / path.parent)
+                    for p in folder.glob("*.py")})
     raise ValueError(f"--config={name}: no file {path}; " + fields.nearest(path, found))
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)

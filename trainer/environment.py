@@ -14,11 +14,19 @@ def keep_memory():
   XLA allocates the temporaries of a step on a CPU anew each time. Given back to the kernel, their
   pages are mapped and zeroed again: from a quarter of a step to half of it, where other programs
   have broken up the machine's memory. The library reads these settings only as a process starts.
+
+  So does Python that of what file names are written in: UTF-8 in any locale, or a run's data would
+  have other names, and another fingerprint, where LC_ALL=C.
   """
+  is_utf8 = sys.getfilesystemencoding().lower() in ("utf-8", "utf8")
+  if not is_utf8:
+    os.environ["PYTHONUTF8"] = "1"
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = ":".join(
       "glibc.malloc." + setting for setting in (
         "hugetlb=1", "mmap_max=0", f"trim_threshold={2**40}", "arena_max=1"))
+    is_utf8 = False  # starts again in any case
+  if not is_utf8:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

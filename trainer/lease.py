@@ -102,9 +102,13 @@ class Lease:
     self.path, self.token, self.count = workdir / NAME, uuid.uuid4().hex, 0
     self.since, self.done = time.strftime("%Y-%m-%d %H:%M:%S"), threading.Event()
     self.lost = ""  # who has it, if it was taken from this process, which seemed dead
-    while not self.take():
-      pass
     _mine.add(self.token)
+    try:
+      while not self.take():
+        pass
+    except BaseException:
+      _mine.discard(self.token)
+      raise
     threading.Thread(target=self.renew, daemon=True).start()
 
   def content(self) -> bytes:

@@ -93,6 +93,12 @@ class NotFinite(TrainingError):
   """The loss or the gradient is not finite: what came of it is not saved."""
 
 
+def may_skip(error: Exception, config) -> str:
+  """The flag that passes over a record that cannot be read; "" where that is not what is wrong."""
+  is_record = isinstance(error, BadRecord) and config.data.get("on_error") != "skip"
+  return " (or --config.data.on_error=skip)" if is_record else ""
+
+
 class Training:
   """A run under way: what its steps, evaluations, log and checkpoints share."""
 
@@ -252,11 +258,9 @@ class Training:
       log.error("what ended the run:", exc_info=error)
     said = str(error) if known else store.first_line(error)
     where = f"evaluation at step {self.at:,}: " if name else ""
-    flags = [f"--config.evals.{name}=none"] * (name is not None)
-    if isinstance(error, BadRecord) and self.recipe.config.data.get("on_error") != "skip":
-      flags = ["--config.data.on_error=skip"]
-    return TrainingError(f"{where}{said}. {self.rescued()}; continue with the same command"
-                         + f" (or {flags[0]})" * bool(flags))
+    flag = may_skip(error, self.recipe.config) or (f" (or --config.evals.{name}=none)" if name else "")
+    return TrainingError(
+      f"{where}{said}. {self.rescued()}; continue with the same command{flag}")
 
   def rescued(self) -> str:
     """Saves the last state if it is whole and finite. Returns what is saved now."""
@@ -330,8 +334,8 @@ def train(recipe: recipes.Recipe, workdir, command: str = "", changed: Sequence[
       run = signals.at_once(
         lambda: Training(recipe, workdir, command, changed,
                          stack.enter_context(lease.hold(workdir))), before)
-    except (lease.InUse, OSError) as error:
-      raise TrainingError(str(error)) from error
+    except (lease.InUse, OSError, BadRecord) as error:
+      raise TrainingError(f"{error}{may_skip(error, recipe.config)}") from error
     try:
       run.run(signals)
     except (Preempted, NotFinite, store.CheckpointError):

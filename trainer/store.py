@@ -1,11 +1,14 @@
 """What a run directory keeps: checkpoints, asynchronous, atomic and checked; and the config."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,6 +60,17 @@ def digest(tree) -> jax.Array:
   return functools.reduce(jnp.add, leaves, jnp.uint32(0))
 
 
+def digest_on_host(tree) -> int:
+  """`digest` without the device: where that is busy for longer than can be waited for."""
+  total = 0
+  for i, x in enumerate(jax.tree.leaves(tree)):
+    x = np.asarray(jax.device_get(x))
+    plain = x.dtype == bool or x.dtype.itemsize not in (1, 2, 4)
+    words = x.astype(np.uint32) if plain else x.view(f"u{x.dtype.itemsize}")
+    total += int(np.sum(words, dtype=np.uint32)) * (2 * i + 1)
+  return total % 2**32
+
+
 @functools.cache
 def code_version() -> str:
   """A hash of this project's sources: the same on every process that runs the same code."""
@@ -80,7 +94,10 @@ def exist(workdir) -> bool:
 
 
 def first_line(error: Exception) -> str:
-  return (str(error) or type(error).__name__).splitlines()[0]
+  """An error in few words: what storage says of a disk is long, and says this at its end."""
+  said = str(error) or type(error).__name__
+  of_disk = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+  return next((words for words in of_disk if words in said), said.splitlines()[0])
 
 
 class _Preserve:
@@ -155,8 +172,11 @@ class Checkpoints:
     if step in self.steps():
       return
     self.saved_at = time.monotonic()
+    # Another thread than the main one saves only while that one waits for the device.
+    is_main = threading.current_thread() is threading.main_thread()
     facts = {**self.metadata, "step": step, "digests": {
-      name: int(digest(tree)) for name, tree in _items(state).items()}}
+      name: int((digest if is_main else digest_on_host)(tree))
+      for name, tree in _items(state).items()}}
     with self._reporting(step):
       # A folder that cannot be written to fails here: in the manager its threads would hang.
       probe = self.directory / f".probe_{jax.process_index()}"
