@@ -258,7 +258,8 @@ class Training:
       log.error("what ended the run:", exc_info=error)
     said = str(error) if known else store.first_line(error)
     where = f"evaluation at step {self.at:,}: " if name else ""
-    flag = may_skip(error, self.recipe.config) or (f" (or --config.evals.{name}=none)" if name else "")
+    flag = may_skip(error, self.recipe.config) or (
+      f" (or --config.evals.{name}=none)" if name else "")
     return TrainingError(
       f"{where}{said}. {self.rescued()}; continue with the same command{flag}")
 
