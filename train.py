@@ -96,13 +96,17 @@ def train(args, overrides: dict[str, str], command: str, signals) -> int:
   return 0
 
 
-if __name__ == "__main__":
-  environment.keep_memory()
-  for stream in (sys.stdout, sys.stderr):
-    stream.reconfigure(errors="backslashreplace")  # a name must not end a run, in no locale
-  status = main()
-  if status == PREEMPTED:  # threads that still compile or decode would be waited for
+def leave(status: int):
+  """Ends the process; one that was stopped does not wait for what threads or devices still do."""
+  if status == PREEMPTED:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
   sys.exit(status)
+
+
+if __name__ == "__main__":
+  environment.keep_memory()
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors="backslashreplace")  # a name must not end a run, in no locale
+  leave(main())

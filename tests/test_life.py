@@ -272,6 +272,7 @@ from input_pipeline import reading
 
 def deep(*args, **kwargs):
   threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+  threading.Timer(100, os._exit, (3,)).start()
   # Minutes in one call, from which no exception comes out.
   jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: x @ x, jax.numpy.eye(64)).block_until_ready()
 
@@ -280,7 +281,7 @@ if sys.argv[1] == "load":
 else:
   del classification.check
   classification.evaluate = lambda context, pairs=0: deep()
-sys.exit(train.main(sys.argv[2:]))
+train.leave(train.main(sys.argv[2:]))
 """
 
 

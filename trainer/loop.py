@@ -189,7 +189,7 @@ class Training:
       return
 
     def finish(name):
-      self.save(step)
+      self.save(step, is_busy=True)
       self.kept.finish()
       return f"stopped by {name} in the evaluation at step {step:,}; {self.saved()}"
     metrics = self.timed("evaluation", signals.at_once,
@@ -209,13 +209,13 @@ class Training:
     if self.waiting:  # fetched only now that the next step is running: the device never waits
       self.log(self.waiting)
 
-  def save(self, step: int):
+  def save(self, step: int, is_busy: bool = False):
     if self.own and self.own.lost:
       raise TrainingError(f"{self.workdir} was taken over by {self.own.lost}: this process stood "
                           "still for so long as to seem dead, and writes nothing more")
     if self.unchecked:
       self.fetch(step)  # what is saved is finite
-    self.timed("checkpoints", self.kept.save, self.state, step)
+    self.timed("checkpoints", self.kept.save, self.state, step, is_busy)
     self.report.restart_clock(step)
 
   def saved(self) -> str:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -166,16 +165,17 @@ class Checkpoints:
     return by_step or sharding.agreed(
       time.monotonic() - self.saved_at >= 60 * self.every_minutes)
 
-  def save(self, state: TrainState, step: int):
-    """Starts to write the state; returns when it is safe to go on training."""
+  def save(self, state: TrainState, step: int, is_busy: bool = False):
+    """Starts to write the state; returns when it is safe to go on training.
+
+    `is_busy`: the device still computes what nobody waits for any more, and is not asked.
+    """
     self.finish()
     if step in self.steps():
       return
     self.saved_at = time.monotonic()
-    # Another thread than the main one saves only while that one waits for the device.
-    is_main = threading.current_thread() is threading.main_thread()
     facts = {**self.metadata, "step": step, "digests": {
-      name: int((digest if is_main else digest_on_host)(tree))
+      name: int((digest_on_host if is_busy else digest)(tree))
       for name, tree in _items(state).items()}}
     with self._reporting(step):
       # A folder that cannot be written to fails here: in the manager its threads would hang.
