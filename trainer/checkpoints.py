@@ -91,7 +91,7 @@ def load_run(workdir, step: int | None = None) -> Run:
 
   tokenizer, path = None, epath.Path(workdir) / TOKENIZER
   if path.exists():
-    tokenizer = batches.read_tokenizer(path.read_text())
+    tokenizer = batches.read_tokenizer(path.read_text(encoding="utf-8"))
     config.data.tokenizer = str(path)  # other captions would give another one
   return Run(config, method, params, extra, step, predict, preprocess, normalise,
              tokenizer and tokenizer.encode, tokenizer and tokenizer.decode, class_names)
