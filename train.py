@@ -96,9 +96,18 @@ def train(args, overrides: dict[str, str], command: str, signals) -> int:
   return 0
 
 
+def hear_no_closed_loop(unraisable):
+  """Passes over what threads that wrote a checkpoint to a full disk say by the score."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
 def leave(status: int):
-  """Ends the process; one that was stopped does not wait for what threads or devices still do."""
-  if status == PREEMPTED:
+  """Ends the process; one that was stopped, or failed, does not wait for what threads still do.
+
+  Those that were writing to a full disk would tell of it at length.
+  """
+  if status:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -109,4 +118,5 @@ if __name__ == "__main__":
   environment.keep_memory()
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors="backslashreplace")  # a name must not end a run, in no locale
+  sys.unraisablehook = hear_no_closed_loop
   leave(main())

@@ -18,6 +18,7 @@ def get_base() -> ConfigDict:
     wandb=False,  # log to Weights & Biases too
     own_data=False,  # whether what the data cannot have is settled or left out, and said, in the
     #                  place of an error; set by a data.source of another kind than the recipe's
+    optional_evals=(),  # of evals, those of the recipe that own data may do without
     expect="",  # what the recipe reaches, shown at the start
     log_every_steps=20,
     init={},  # trainer/networks.py: Init

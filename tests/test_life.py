@@ -97,15 +97,16 @@ def test_an_evaluation_that_cannot_be_is_refused_by_build(name, said, message, t
     recipe.build(made, str(tmp_path))
 
 
-def test_no_split_to_evaluate_on_is_refused_by_build(tmp_path, capsys):
+def test_no_split_to_evaluate_on_is_refused_by_build(tmp_path, capsys, caplog):
   paint(tmp_path / "data", splits=("",))
-  assert run(tmp_path / "run", tmp_path / "data") == 1
+  whole = "--config.data.held_out=none"  # else a share of the one split is evaluated on
+  assert run(tmp_path / "run", tmp_path / "data", whole, "--config.own_data=false") == 1
   error = capsys.readouterr().err
   assert "the data has no split to evaluate on (test, val, validation)" in error
   assert "--config.data.eval_split=train, or --config.evals.classification=none" in error
   assert not (tmp_path / "run").exists()
-  assert run(tmp_path / "run", tmp_path / "data", "--config.evals.classification=none",
-             "--config.total_steps=2") == 0
+  assert run(tmp_path / "run", tmp_path / "data", whole, "--config.total_steps=2") == 0
+  assert "classification is left out" in caplog.text  # the recipe's own, which no flag asks for
 
 
 def test_the_rarest_class_is_counted_where_records_are_in_memory(tmp_path):

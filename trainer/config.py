@@ -73,6 +73,8 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> Config
   source = _parse((overrides or {}).get("data.source", "none"))
   if source and re.split("[:/]", str(source))[0] != re.split("[:/]", config.data.source)[0]:
     own_data(config)  # before the flags, which may say otherwise
+    config.optional_evals = tuple(name for name in config.evals if not any(
+      key.startswith(f"evals.{name}") for key in overrides))  # what a flag asks for is meant
   for key, text in (overrides or {}).items():
     override(config, key, text)
   if "data.batch_size" in (overrides or {}) and "batch_at_most" in config.data:

@@ -272,7 +272,7 @@ def check_evals(evals: Mapping, facts: Facts | None = None):
 def leave_out_evals(config: ConfigDict, facts: Facts | None):
   """Takes from a config the evaluations that own data cannot have, and tells of each why."""
   check_evals(config.evals)  # what is wrong in any data is not left out
-  for name in [*config.evals]:
+  for name in {*config.evals} & {*config.optional_evals}:
     try:
       check_evals({name: config.evals[name]}, facts)
     except ValueError as error:

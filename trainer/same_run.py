@@ -16,8 +16,9 @@ from trainer import fields, recipe, store
 # given in its place; and bad rows of a metadata file, which "skip" leaves out for good, let nothing
 # start at all with "raise". A run that goes on with "skip" is the run that had it from the start.
 FREE = ("mesh.", "checkpoint.", "evals.", "eval_", "log_every_", "wandb", "expect", "own_data",
-        "data.batch_at_most", "data.workers", "data.cache_bytes", "data.prefetch_batches",
-        "data.tokenizer", "data.on_error", "augment.eval_crop", "augment.eval_squash")
+        "optional_evals", "data.batch_at_most", "data.workers", "data.cache_bytes",
+        "data.prefetch_batches", "data.tokenizer", "data.on_error", "augment.eval_crop",
+        "augment.eval_squash")
 log = logging.getLogger("vitrine")
 
 
