@@ -1,6 +1,7 @@
 """What of an image is seen: torchvision's and the papers' geometry, the same through every door."""
 
 import functools
+import json
 import math
 
 import chex
@@ -240,5 +241,5 @@ def test_a_notebook_sees_what_evaluation_sees(folder, tmp_path, cached):
 def test_runs_of_before_are_evaluated_as_before(tmp_path):
   for section, want in (({"crop_area": [0.2, 1]}, 0.875), ({}, None),
                         ({"crop_area": [0.2, 1], "eval_crop": 1.0}, 1.0)):
-    (tmp_path / "config.json").write_text(recipe.json.dumps({"augment": section}))
+    (tmp_path / "config.json").write_text(json.dumps({"augment": section}))
     assert checkpoints.load_config(tmp_path).augment.get("eval_crop") == want
