@@ -98,7 +98,7 @@ def test_augmentation_on_the_device_moves_all(fields):
   out = jax.jit(augment.train)(jax.random.key(1), batch)
   plain = images.make(image_size=SIDE, mean=0.0, std=1.0, **fields).train(
     jax.random.key(1), {"image": batch["image"]})
-  np.testing.assert_allclose(out["image"], plain["image"], atol=1e-6)  # the same draws
+  np.testing.assert_allclose(out["image"], plain["image"], atol=1e-5)  # the same draws
   turned = "degrees" in fields.get("affine", {}) or "shear" in fields.get("affine", {})
   for i in range(12):
     agree({name: x[i] for name, x in out.items()}, 3.0 if turned else 0.01)
