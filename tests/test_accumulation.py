@@ -49,8 +49,7 @@ def test_parts_have_the_negatives_of_the_whole(name):
   for n in (1, 2, 4):
     init, step = stepper(name, n)
     state = jax.jit(init)()
-    for _ in range(2):
-      before, (state, metrics) = state, jax.jit(step)(state, batch_of(16))
+    before, (state, metrics) = state, jax.jit(step)(state, batch_of(16))
     results[n] = state, metrics
   moved = optax.tree.norm(optax.tree.sub(state.params, before.params))
   assert moved > 1e-2
@@ -59,7 +58,7 @@ def test_parts_have_the_negatives_of_the_whole(name):
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   method = methods(8)[name]()  # the mean over parts would have fewer negatives
   part = jax.tree.map(lambda x: x[::2], batch_of(16))
-  alone, _ = jax.jit(method.loss)(before.params, before.extra, part, jax.random.key(0), 1)
+  alone, _ = jax.jit(method.loss)(before.params, before.extra, part, jax.random.key(0), 0)
   assert abs(alone - results[1][1]["loss"]) > 0.02
 
 
