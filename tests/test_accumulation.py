@@ -37,7 +37,7 @@ def batch_of(n: int):
 
 
 def stepper(name: str, accumulate: int, n: int = 16):
-  method, tx = methods(n // accumulate)[name](), optax.sgd(0.5)
+  method, tx = methods(n // accumulate)[name](), optax.sgd(0.1)
   spec = jax.eval_shape(lambda: batch_of(n))
   init = make_init(method, tx, lambda batch: batch, spec, 0, with_ema=False)
   return init, make_step(method, tx, lambda rng, batch: batch, seed=0, accumulate=accumulate)
@@ -52,7 +52,7 @@ def test_parts_have_the_negatives_of_the_whole(name):
     before, (state, metrics) = state, jax.jit(step)(state, batch_of(16))
     results[n] = state, metrics
   moved = optax.tree.norm(optax.tree.sub(state.params, before.params))
-  assert moved > 1e-2
+  assert moved > 1e-3
   for n in (2, 4):
     for got, want in zip(jax.tree.leaves(results[n]), jax.tree.leaves(results[1])):
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
