@@ -184,10 +184,14 @@ def see(image: Image.Image, cut: Cut, interpolation: str, exact: bool = True,
   """The cut of an image, uint8 (h, w) or (h, w, c); `scale` is its size, of that of the box."""
   if cut.box != (0, 0, image.height, image.width) or cut.size != (image.height, image.width):
     image = _resize(image, cut.size, interpolation, exact, *(side * scale for side in cut.box))
+  return _window(np.asarray(image), cut)
+
+
+def _window(array: np.ndarray, cut: Cut) -> np.ndarray:
+  """What is left of (h, w, ...) at the end of a cut: reflected at the edges, and cut to size."""
   if cut.window is None:
-    return np.asarray(image)
+    return array
   padding, top, left, height, width = cut.window
-  array = np.asarray(image)
   array = np.pad(array, ((padding, padding),) * 2 + ((0, 0),) * (array.ndim - 2), "reflect")
   return array[top:top + height, left:left + width]
 
@@ -213,12 +217,8 @@ def sample(array: np.ndarray, cut: Cut) -> np.ndarray:
     return np.clip(at, 0, length - 1)
 
   (h, w), (top, left, height, width) = array.shape[:2], cut.box
-  array = array[np.ix_(places(h, top, height, cut.size[0]), places(w, left, width, cut.size[1]))]
-  if cut.window is None:
-    return array
-  padding, top, left, height, width = cut.window
-  array = np.pad(array, ((padding, padding),) * 2 + ((0, 0),) * (array.ndim - 2), "reflect")
-  return array[top:top + height, left:left + width]
+  return _window(array[np.ix_(places(h, top, height, cut.size[0]),
+                              places(w, left, width, cut.size[1]))], cut)
 
 
 def place(points: np.ndarray, cut: Cut) -> np.ndarray:

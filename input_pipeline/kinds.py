@@ -32,7 +32,8 @@ def native_size(features: Mapping[str, Feature]) -> tuple[int, int] | None:
   """(height, width) of what geometry moves; None where they differ, or where there is nothing."""
   sizes = {feature.shape[SIDES[feature.kind]:][:2] for feature in features.values()
            if feature.kind in SIDES}
-  return next(iter(sizes)) if len(sizes) == 1 and None not in {*sizes}.pop() else None
+  size = sizes.pop() if len(sizes) == 1 else (None, None)
+  return None if None in size else size
 
 
 def at_size(feature: Feature, size: Sequence[int] | None) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from losses import tokens
-from methods.method import Method
+from methods.method import Method, check_fields
 from models import masks as attention_masks
 
 BOTH_WAYS, PREFIX, FORWARD, BACKWARD = range(4)
@@ -64,13 +64,11 @@ def hide(model, mask_ratio: float, mask_share: float, random_share: float, rng, 
 
 def check(model, masks: str, mask_ratio: float, mask_share: float, random_share: float):
   """Raises ValueError as `make` says."""
-  for name, value, ok, allowed in (
-      ("mask_ratio", mask_ratio, 0 < mask_ratio < 1, "a number in (0, 1)"),
-      ("mask_share", mask_share, 0 <= mask_share <= 1, "a number in [0, 1]"),
-      ("random_share", random_share, 0 <= random_share <= 1 - mask_share + 1e-9,
-       f"a number in [0, {1 - mask_share:.4g}], what mask_share leaves")):
-    if not ok:
-      raise ValueError(f"method.{name} = {value}: expected {allowed}")
+  check_fields(
+    ("mask_ratio", mask_ratio, 0 < mask_ratio < 1, "a number in (0, 1)"),
+    ("mask_share", mask_share, 0 <= mask_share <= 1, "a number in [0, 1]"),
+    ("random_share", random_share, 0 <= random_share <= 1 - mask_share + 1e-9,
+     f"a number in [0, {1 - mask_share:.4g}], what mask_share leaves"))
   if masks == "unilm" and model.encoder.causal:
     raise ValueError("method.masks = 'unilm' says who sees whom: it needs model.causal = False")
   if model.mask_id is None:

@@ -6,22 +6,20 @@ import jax.numpy as jnp
 
 from losses import tokens
 from methods.image_predictions import image_predictions
-from methods.method import Method
+from methods.method import Method, check_fields
 from models import decoding
 
 
 def check(smoothing: float, beams: int, length_penalty: float, temperature: float, top_p: float):
   """Raises ValueError where a number of `make` is out of range, or one excludes another."""
-  for name, value, ok, allowed in (
-      ("smoothing", smoothing, 0 <= smoothing < 1, "a number in [0, 1)"),
-      ("beams", beams, beams >= 1, "at least 1"),
-      ("length_penalty", length_penalty, beams > 1 or not length_penalty, "0 with one beam"),
-      ("temperature", temperature, temperature >= 0, "at least 0"),
-      ("temperature", temperature, beams == 1 or not temperature, "0 with several beams"),
-      ("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
-      ("top_p", top_p, temperature or top_p == 1, "1 at temperature 0")):
-    if not ok:
-      raise ValueError(f"method.{name} = {value}: expected {allowed}")
+  check_fields(
+    ("smoothing", smoothing, 0 <= smoothing < 1, "a number in [0, 1)"),
+    ("beams", beams, beams >= 1, "at least 1"),
+    ("length_penalty", length_penalty, beams > 1 or not length_penalty, "0 with one beam"),
+    ("temperature", temperature, temperature >= 0, "at least 0"),
+    ("temperature", temperature, beams == 1 or not temperature, "0 with several beams"),
+    ("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
+    ("top_p", top_p, temperature or top_p == 1, "1 at temperature 0"))
 
 
 def beam_search(step, cache, *args, beams: int, **kwargs):

@@ -5,6 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 
+def check_fields(*rows: tuple):
+  """Raises ValueError on the first of (name of a method's field, value, is it allowed, what is)."""
+  for name, value, ok, allowed in rows:
+    if not ok:
+      raise ValueError(f"method.{name} = {value}: expected {allowed}")
+
+
 class Phase(NamedTuple):
   """A part of the parameters with a loss of its own, as one of a GAN's two players.
 

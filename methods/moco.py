@@ -10,7 +10,7 @@ import optax
 from losses import contrastive
 from losses.classification import topk_correct
 from methods.image_predictions import image_predictions
-from methods.method import Contrast, Method
+from methods.method import Contrast, Method, check_fields
 
 SCHEDULES = {
   # (momentum, share of the run) -> momentum
@@ -21,13 +21,11 @@ SCHEDULES = {
 
 def check(model, batch_size: int, queue_size: int, momentum: float, temperature: float):
   """Raises ValueError where a number of `make` is out of range, or groups do not divide a batch."""
-  for field, value, ok, allowed in (
-      ("queue_size", queue_size, queue_size == 0 or queue_size >= batch_size,
-       f"0 or at least the batch size, {batch_size}"),
-      ("momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)"),
-      ("temperature", temperature, temperature > 0, "a number above 0")):
-    if not ok:
-      raise ValueError(f"method.{field} = {value}: expected {allowed}")
+  check_fields(
+    ("queue_size", queue_size, queue_size == 0 or queue_size >= batch_size,
+     f"0 or at least the batch size, {batch_size}"),
+    ("momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)"),
+    ("temperature", temperature, temperature > 0, "a number above 0"))
   if batch_size % model.bn_groups:
     raise ValueError(f"model.bn_groups = {model.bn_groups}: does not divide the {batch_size} "
                      "examples of a batch (divided by config.accumulate)")

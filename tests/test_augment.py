@@ -327,7 +327,7 @@ def test_mix_size_divides_the_batch():
     augment.make(**section).train(jax.random.key(0), batch_of(4, 8, 8))
 
 
-@pytest.mark.parametrize("partner", ("mirror", "previous"))
+@pytest.mark.parametrize("partner", augment.PARTNERS)
 def test_groups_on_one_device_are_mixed_there(partner):
   sharding = jax.sharding.NamedSharding(
       jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),

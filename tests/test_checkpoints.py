@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 import train
 from trainer import checkpoints
@@ -93,14 +94,8 @@ def test_all_damaged_is_an_error_and_a_damaged_one_is_written_over(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-  folder = tmp_path / "disk"
-  folder.mkdir()
-  mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
-                         capture_output=True)
-  if mount.returncode:
-    pytest.skip(f"mounting a small disk needs root: {mount.stderr.decode()}")
-  yield folder
-  subprocess.run(["umount", str(folder)], check=True)
+  with runs.small_disk(tmp_path / "disk", "1m") as folder:
+    yield folder
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])

@@ -1,7 +1,6 @@
 """optimizer.groups: paths with a rate, decay, schedule or optimizer of their own, or none."""
 
 import inspect
-import shutil
 
 import chex
 import jax
@@ -10,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from runs import broken_off
 
 import train
 from methods.method import Method, Phase
 from trainer import checkpoints, fields, help, loop, optimizer, recipe, store
-from trainer.logging import read_metrics
 from trainer.state import make_init, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -196,20 +195,11 @@ def test_a_run_with_groups_goes_on_bit_for_bit(data_dir, tmp_path):
            "--config.optimizer.groups.norms.name=sgd",
            "--config.optimizer.groups.still.path=^embed",
            "--config.optimizer.groups.still.frozen=true"]
-  assert train.main([*flags, f"--workdir={tmp_path / 'whole'}"]) == 0
-  shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-  for step in (4, 6):
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
-  assert train.main([*flags, f"--workdir={tmp_path / 'cut'}"]) == 0
-  whole, cut = (checkpoints.load_run(tmp_path / name) for name in ("whole", "cut"))
-  chex.assert_trees_all_equal(whole.params, cut.params)
-  rows = [[{key: x for key, x in row.items() if "time" not in key and "per_second" not in key}
-           for row in read_metrics(tmp_path / name) if "train/loss" in row]
-          for name in ("whole", "cut")]
-  assert rows[0] == rows[1] and len(rows[0]) == 6
-  assert len({row["train/lr"] for row in rows[0]}) > 2
-  assert len({row["train/lr_head"] for row in rows[0]}) == 1 and "train/lr_norms" not in rows[0][0]
-  start = recipe.build(store.load_config(tmp_path / "whole"), data_dir)
+  workdir, rows = broken_off(flags, tmp_path)
+  assert len(rows) == 6 and len({row["train/lr"] for row in rows}) > 2
+  assert len({row["train/lr_head"] for row in rows}) == 1 and "train/lr_norms" not in rows[0]
+  whole = checkpoints.load_run(workdir)
+  start = recipe.build(store.load_config(workdir), data_dir)
   before = jax.jit(loop.initial_state(start))().params
   distance = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole.params, jax.device_get(before))
   assert max(jax.tree.leaves(distance["embed"])) < 1e-6 < 1e-4 < min(

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from runs import curve, small_disk
 
 import train
 from evaluators import classification
 from input_pipeline import reading
 from trainer import checkpoints, config, lease, loop, preemption, recipe, same_run
-from trainer.logging import read_metrics
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "configs/vit.py:smoke"
@@ -62,11 +62,6 @@ def whole(images, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "run"
   assert run(workdir, images) == 0
   return workdir
-
-
-def curve(workdir):
-  return [{k: v for k, v in row.items() if k != "time" and "per_second" not in k}
-          for row in read_metrics(workdir)]
 
 
 def same(a, b):
@@ -206,17 +201,9 @@ def test_nothing_that_is_not_finite_is_saved(images, tmp_path, monkeypatch, caps
 
 
 def test_a_full_disk_at_the_last_step_is_one_line(images, tmp_path):
-  disk = tmp_path / "disk"
-  disk.mkdir()
-  mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)],
-                         capture_output=True)
-  if mount.returncode:
-    pytest.skip(f"mounting a small disk needs root: {mount.stderr.decode()}")
-  try:
+  with small_disk(tmp_path / "disk", "300k") as disk:
     done = subprocess.run([sys.executable, "train.py", *flags(images), f"--workdir={disk}/run"],
                           cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment())
-  finally:
-    subprocess.run(["umount", str(disk)], check=True)
   lines = done.stderr.strip().splitlines()
   assert done.returncode == 1 and len(lines) == 1, done.stderr[-2000:]
   assert lines[0].startswith("error: checkpoint of step 6 could not be written to ")

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.machinery
-import shutil
 import sys
 import types
 
@@ -12,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import broken_off
 
 import train
 from methods import supervised
 from methods.method import Method, Phase
-from trainer import checkpoints, loop, optimizer, plan, recipe, sharding
+from trainer import loop, optimizer, plan, recipe, sharding
 from trainer.flops import count_flops
-from trainer.logging import read_metrics
 from trainer.state import make_init, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -274,19 +273,10 @@ def test_a_run_broken_off_goes_on_bit_for_bit(module, data_dir, tmp_path):
            "--config.method.name=players", "--config.checkpoint.every_steps=2",
            "--config.checkpoint.keep=none", "--config.ema_decay=0.9",
            "--config.log_every_steps=1", "--config.evals.classification=none"]
-  assert train.main([*flags, f"--workdir={tmp_path / 'whole'}"]) == 0
-  shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-  for step in (4, 6):
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
-  assert train.main([*flags, f"--workdir={tmp_path / 'cut'}"]) == 0
-  whole, cut = (checkpoints.load_run(tmp_path / name) for name in ("whole", "cut"))
-  chex.assert_trees_all_equal(whole.params, cut.params)
-  rows = [[{key: x for key, x in row.items() if "time" not in key and "per_second" not in key}
-           for row in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
-  rows = [[row for row in rows if "train/loss" in row] for rows in rows]
-  assert rows[0] == rows[1] and len(rows[0]) == 6
-  assert {"train/loss", "train/head/loss", "train/rest/grad_norm"} <= set(rows[0][0])
-  assert rows[0][0]["train/loss"] != rows[0][-1]["train/loss"]
+  _, rows = broken_off(flags, tmp_path)
+  assert len(rows) == 6
+  assert {"train/loss", "train/head/loss", "train/rest/grad_norm"} <= set(rows[0])
+  assert rows[0]["train/loss"] != rows[-1]["train/loss"]
 
 
 @pytest.mark.parametrize("mesh", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4)],

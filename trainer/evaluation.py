@@ -87,8 +87,7 @@ def make_evaluate(recipe, workdir, weights: Mapping[str, Callable]) -> Callable:
   Baselines (the untrained network, raw pixels) never change, so they run at the end only.
   """
   collect = make_collect(recipe, weights)
-  predict = make_predict(recipe.method, weights["trained"],
-                                     sharding.replicated(recipe.mesh))
+  predict = make_predict(recipe.method, weights["trained"], sharding.replicated(recipe.mesh))
   config, data = recipe.config, recipe.data
 
   def evaluate(step: int, final: bool) -> dict[str, float]:

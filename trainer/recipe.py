@@ -40,10 +40,14 @@ def fill_from_data(config: ConfigDict, info, train_size: int, tokenizer=None) ->
       del config[f"total_{unit}"]
   config.total_steps = total
   model = config.model
+  for name, hint in (("image_size", int | tuple[int, int] | None), ("channels", int | None),
+                     ("num_classes", int | None)):
+    fields.check(fields.plain(model.get(name)), hint, f"config.model.{name}")
   module = fields.find_module("models", model.name, "config.model.name")
+  accepted = fields.accepted(module.make)
   if info.image_shape is not None:
-    fill_images(config, info.image_shape, fields.accepted(module.make))
-  for name, field in fields.accepted(module.make).items():
+    fill_images(config, info.image_shape, accepted)
+  for name, field in accepted.items():
     if "none" in fields.choices(field.hint) and name in model and model[name] is None:
       model[name] = "none"
   for name in inspect.signature(module.make).parameters if tokenizer else ():
@@ -90,12 +94,10 @@ def settle(config: ConfigDict, data) -> ConfigDict:
 def fill_images(config: ConfigDict, shape: tuple, accepted: Mapping):
   """Writes the images' size and channels into a config, whose model has `accepted` fields.
 
-  Raises ValueError where it does and the images differ in size, or in channels from the config's.
+  Raises ValueError where it asks for a size and the images have several, or where their channels
+  are not the config's.
   """
   (h, w, c), model = shape, config.model
-  for name, hint in (("image_size", int | tuple[int, int] | None), ("channels", int | None),
-                     ("num_classes", int | None)):
-    fields.check(fields.plain(model.get(name)), hint, f"config.model.{name}")
   if config.augment.get("image_size") is None:
     if h is None and "image_size" not in accepted:
       return
@@ -253,31 +255,30 @@ def facts_of(method, data, opened) -> Facts | None:
                records, data.tokenizer and data.tokenizer.decode)
 
 
-def check_evals(evals: Mapping, facts: Facts | None = None):
+def check_evals(evals: Mapping, facts: Facts | None = None, optional=()):
   """Raises ValueError where an evaluator does not exist, or does not take what is said of it.
 
   With facts each evaluator that has a `check(facts, **fields of its evaluate)` is asked as well.
+  Those named in `optional` are taken from `evals` in the place of an error, which is told.
   """
-  for name, section in evals.items():
-    section = {**section}
-    module = fields.find_module("evaluators", section.pop("name", name), f"config.evals.{name}")
-    given = fields.arguments(module.evaluate, section, f"evals.{name}", context=None)
-    if facts and hasattr(module, "check"):
-      call = inspect.signature(module.evaluate).bind(**given)
-      call.apply_defaults()
-      del call.arguments["context"]
-      module.check(facts._replace(name=name), **call.arguments)
-
-
-def leave_out_evals(config: ConfigDict, facts: Facts | None):
-  """Takes from a config the evaluations that own data cannot have, and tells of each why."""
-  check_evals(config.evals)  # what is wrong in any data is not left out
-  for name in {*config.evals} & {*config.optional_evals}:
+  for name in [*evals]:
     try:
-      check_evals({name: config.evals[name]}, facts)
+      _check_eval(name, {**evals[name]}, facts)
     except ValueError as error:
+      if name not in optional:
+        raise
       log.warning("own data: the evaluation %s is left out: %s", name, error)
-      del config.evals[name]
+      del evals[name]
+
+
+def _check_eval(name: str, section: dict, facts: Facts | None):
+  module = fields.find_module("evaluators", section.pop("name", name), f"config.evals.{name}")
+  given = fields.arguments(module.evaluate, section, f"evals.{name}", context=None)
+  if facts and hasattr(module, "check"):
+    call = inspect.signature(module.evaluate).bind(**given)
+    call.apply_defaults()
+    del call.arguments["context"]
+    module.check(facts._replace(name=name), **call.arguments)
 
 
 class Recipe(NamedTuple):
@@ -325,10 +326,8 @@ def build(config: ConfigDict, data_dir: str | None = None, *, data=None, devices
   tx, rate = make_optimizer(config, train_size, method)
   for name, phase in method.phases.items():
     sharding.check_batch(batch_size, config.accumulate, mesh, times=(phase.times, name))
-  facts = facts_of(method, data, opened)
-  if config.own_data:
-    leave_out_evals(config, facts)
-  check_evals(config.evals, facts)
+  check_evals(config.evals, facts_of(method, data, opened),
+              config.optional_evals if config.own_data else ())
   checkpoint = in_steps(config.checkpoint, ("every", "keep_every"), batch_size, train_size)
   # Checked here, opened by the loop: a run directory is made only for a config that holds.
   fields.arguments(store.Checkpoints, checkpoint, "checkpoint", workdir="", metadata=None,

@@ -282,17 +282,20 @@ def data_facts(info) -> str:
                      "fingerprint": info.fingerprint}, indent=2)
 
 
-def load_fingerprint(workdir) -> str | None:
-  """That of the data a run directory was made with; None where code before these kept none."""
+def _data_said(workdir) -> dict:
+  """What a run directory says of its data; {} where older code kept nothing."""
   path = epath.Path(workdir) / DATA
-  said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-  return said.get("fingerprint")
+  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def load_fingerprint(workdir) -> str | None:
+  """That of the data a run directory was made with; None where older code kept none."""
+  return _data_said(workdir).get("fingerprint")
 
 
 def load_facts(workdir) -> tuple[dict, tuple[str, ...]]:
-  """(features, class names) of a run's data; empty where code before these had none to keep."""
-  path = epath.Path(workdir) / DATA
-  said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  """(features, class names) of a run's data; empty where older code kept none."""
+  said = _data_said(workdir)
   features = {name: Feature(tuple(shape), *rest)
               for name, (shape, *rest) in said.get("features", {}).items()}
   return features, tuple(said.get("class_names", ()))

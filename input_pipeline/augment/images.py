@@ -18,6 +18,8 @@ import numpy as np
 from input_pipeline import geometry, image_ops, kinds
 from input_pipeline.augment import Augment
 
+PARTNERS = ("mirror", "previous")  # of `mixing.mix`, as timm and as big_vision
+
 
 class Pixels(NamedTuple):
   """What becomes of the pixels of one view, in the order of the fields from `affine` on."""
@@ -44,7 +46,7 @@ class Pixels(NamedTuple):
   mix_size: int | None = None  # consecutive examples that share a draw and are mixed among
   #                              themselves: what a device had in the run to repeat. It divides the
   #                              batch; None is the whole batch
-  mix_partner: Literal["mirror", "previous"] = "mirror"  # as timm or big_vision, see `mixing.mix`
+  mix_partner: Literal[*PARTNERS] = "mirror"  # as timm or big_vision, see `mixing.mix`
 
 
 def check_pixels(section: str, pixels: Pixels) -> None:
@@ -58,14 +60,14 @@ def check_pixels(section: str, pixels: Pixels) -> None:
     check(name in known, "affine", name, f"a dict with keys from {known}", known)
   check(geometry.is_range(affine.get("scale", (1, 1))), "affine.scale", affine.get("scale"),
         "(low, high) with 0 < low <= high")
-  jitter, partners = pixels.color_jitter, ("mirror", "previous")
+  jitter = pixels.color_jitter
   check(jitter is None or np.shape(jitter) == (4,) and min(jitter) >= 0 and jitter[3] <= 0.5,
         "color_jitter", jitter,
         "None or four strengths >= 0: brightness, contrast, saturation, hue <= 0.5")
   check(pixels.mix_size is None or type(pixels.mix_size) is int and pixels.mix_size > 0, "mix_size",
         pixels.mix_size, "None or an int > 0")
-  check(pixels.mix_partner in partners, "mix_partner", pixels.mix_partner, f"one of {partners}",
-        partners)
+  check(pixels.mix_partner in PARTNERS, "mix_partner", pixels.mix_partner, f"one of {PARTNERS}",
+        PARTNERS)
   for field in ("jitter_prob", "grayscale", "blur", "solarize", "erase", "mix_prob"):
     check(0 <= getattr(pixels, field) <= 1, field, getattr(pixels, field), "in [0, 1]")
   for field in ("mixup", "cutmix"):
