@@ -70,7 +70,7 @@ def test_one_split_alone_is_evaluated_on_a_share_of_it(folder, tmp_path, caplog,
   assert again == read_metrics(run)[-1]["eval/classification/top1"]
   other = [f"--workdir={run}", f"--config.data.source=folder:{folder / 'train'}/", "--json"]
   assert evaluate.main(other) == 1
-  assert "data.eval_split=train evaluates on that" in capsys.readouterr().err
+  assert "--config.data.eval_split=train" in capsys.readouterr().err
   assert evaluate.main([*other, "--config.data.eval_split=train"]) == 0
 
 
