@@ -144,6 +144,10 @@ class Checkpoints:
     self.on_error, self.metadata, self.read_only = on_error, dict(metadata or {}), read_only
     self.saved_at, self.damaged = time.monotonic(), set()
     self.pending = None  # the step whose writing was started and not yet seen to end
+    # Copies of an array on several hosts share its writing; on one host that has only a cost, of a
+    # program for every shape and device.
+    ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(
+      use_replica_parallel=jax.process_count() > 1), override=True)
     handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
     options = ocp.CheckpointManagerOptions(
       create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only,
