@@ -23,8 +23,6 @@ from trainer.checkpoints import load_run
 from trainer.logging import read_metrics
 from trainer.optimizer import path_name
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EOS, PAD, VOCAB, CONTEXT = 2, 0, 11, 7
 TOKENS = dict(vocab_size=VOCAB, context=CONTEXT, eos_id=EOS, pad_id=PAD)
 IDS = np.array([[3, 5, 4, EOS, PAD, PAD, PAD], [7, EOS, PAD, PAD, PAD, PAD, PAD],

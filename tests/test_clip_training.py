@@ -15,11 +15,6 @@ from trainer.checkpoints import load_run
 from trainer.logging import read_metrics
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  return str(tmp_path_factory.mktemp("data"))
-
-
 def run_train(workdir, data_dir, *flags, config="configs/clip.py:smoke"):
   return train.main([f"--config={config}", f"--workdir={workdir}", f"--data_dir={data_dir}",
                      *flags])

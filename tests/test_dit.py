@@ -16,8 +16,6 @@ from models import dit, positions
 from trainer import sharding
 from trainer.flops import count_flops
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = dict(image_size=(8, 12), channels=3, patch=4, width=16, depth=2, heads=2)
 TIMES, LABELS = np.array([3.5, 870.0], np.float32), np.array([4, 5])
 

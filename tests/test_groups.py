@@ -16,8 +16,6 @@ from methods.method import Method, Phase
 from trainer import checkpoints, fields, help, loop, optimizer, recipe, store
 from trainer.state import make_init, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {"encoder/blocks/up/kernel": (2, 3, 4), "encoder/blocks/up/bias": (2, 4),
           "head/kernel": (4, 2), "predictor/kernel": (4, 4), "predictor/bias": (4,)}
 COSINE = optax.cosine_decay_schedule(1.0, 3)
@@ -180,11 +178,6 @@ def test_groups_in_phases():
 
 FLAGS = ["--config=configs/vit.py:smoke", "--config.log_every_steps=1",
          "--config.evals.classification=none"]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  return str(tmp_path_factory.mktemp("data"))
 
 
 def test_a_run_with_groups_goes_on_bit_for_bit(data_dir, tmp_path):

@@ -22,8 +22,6 @@ from interop import published as interop
 from models import dit, positions
 from trainer import checkpoints, recipe
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES = Path(__file__).parent / "published_names"
 
 

@@ -6,25 +6,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-import train
-
 FOLDER = Path(__file__).parent.parent / "notebooks"
 RECIPES = {"classify": "vit", "reconstruct": "mae", "retrieve": "clip", "sample": "diffusion",
            "finetune": "mae"}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """recipe -> a run directory, trained on first use."""
-  root = tmp_path_factory.mktemp("runs")
-
-  def get(name):
-    if not (root / name).exists():
-      assert train.main([f"--config=configs/{name}.py:smoke", f"--workdir={root / name}",
-                         f"--data_dir={root / 'data'}"]) == 0
-    return root / name
-  get.root = root
-  return get
 
 
 def test_every_notebook_is_tested():
@@ -34,10 +18,10 @@ def test_every_notebook_is_tested():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_notebook_runs(name, runs, monkeypatch):
-  monkeypatch.setenv("VITRINE_RUN", str(runs(RECIPES[name])))
-  monkeypatch.setenv("TFDS_DATA_DIR", str(runs.root / "data"))
-  monkeypatch.setenv("VITRINE_OUT", str(runs.root / name))
+def test_notebook_runs(name, smoke_run, data_dir, tmp_path, monkeypatch):
+  monkeypatch.setenv("VITRINE_RUN", str(smoke_run(RECIPES[name])))
+  monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
+  monkeypatch.setenv("VITRINE_OUT", str(tmp_path / name))
   notebook = nbformat.read(FOLDER / f"{name}.ipynb", 4)
   NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
   outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]

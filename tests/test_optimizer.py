@@ -15,8 +15,6 @@ from trainer import optimizer, schedule
 from trainer.flops import count_flops
 from trainer.state import TrainState, make_step, statistics, with_statistics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = dict(image_size=8, channels=3, patch=4, width=8, depth=2, heads=2, mlp_dim=12)
 
 

@@ -20,8 +20,6 @@ from trainer import loop, optimizer, plan, recipe, sharding
 from trainer.flops import count_flops
 from trainer.state import make_init, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROWS, STEPS, RATE = 16, 4, 0.05
 
 
@@ -254,11 +252,6 @@ def module(monkeypatch):
   made = types.ModuleType("methods.players")
   made.__spec__, made.make = importlib.machinery.ModuleSpec("methods.players", None), players
   monkeypatch.setitem(sys.modules, "methods.players", made)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  return str(tmp_path_factory.mktemp("data"))
 
 
 def build(data_dir, **overrides):

@@ -8,8 +8,6 @@ import pytest
 
 from models import dit, vit
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEADS = 4
 SMALL = dict(image_size=8, channels=4, patch=2, width=48, depth=2, heads=HEADS, num_classes=10,
              learn_sigma=True, positions="learned")

@@ -17,8 +17,6 @@ from models.batch_norm import BatchNorm
 from trainer import fields as section
 from trainer import recipe, sharding
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = dict(variant="18", image_size=16, channels=3, num_classes=5, depths=(1, 2), widths=(4, 6))
 
 

@@ -20,11 +20,6 @@ SMOKES = ["configs/mae.py:smoke", "configs/vit.py:smoke", "configs/resnet.py:smo
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-  return str(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="session")
 def run_train(data_dir):
   def run(config, workdir, *flags):
     return train.main([f"--config={config}", f"--workdir={workdir}", f"--data_dir={data_dir}",
@@ -33,10 +28,11 @@ def run_train(data_dir):
 
 
 @pytest.fixture(scope="session", params=SMOKES)
-def finished(request, run_train, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("run") / "run"
-  assert run_train(request.param, workdir) == 0
-  return request.param, workdir
+def finished(request, smoke_run, tmp_path_factory):
+  """(config, a copy of its run)."""
+  recipe, variant = re.fullmatch(r"configs/(\w+).py:(\w+)", request.param).groups()
+  copy = tmp_path_factory.mktemp("run") / "run"
+  return request.param, shutil.copytree(smoke_run(recipe, variant), copy)
 
 
 def curve(workdir):

@@ -19,16 +19,13 @@ FAMILIES = ("mae", "vit", "moco", "clip")
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  return str(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def runs(data_dir, tmp_path_factory):
-  """name -> a run directory with the initial state of its smoke recipe."""
+def runs(data_dir, smoke_run, tmp_path_factory):
+  """name -> its smoke run, or one with the initial state where fields are overridden."""
   root, made = tmp_path_factory.mktemp("runs"), {}
 
   def get(family, **overrides):
+    if not overrides:
+      return smoke_run(family)
     name = "_".join([family, *map(str, overrides.values())])
     if name not in made:
       config = recipe.load_config(f"configs/{family}.py:smoke", overrides)
@@ -188,26 +185,25 @@ def test_only_the_last_blocks_are_tuned(runs, data_dir, tuned):
 
 def test_fine_tuning_by_the_command(runs, data_dir, tmp_path, capsys):
   """From --config.init=DIR to an evaluation; going on needs no second taking; larger images."""
-  flags = ["--config=configs/finetune.py:smoke", f"--config.init={runs('mae')}",
+  source = shutil.copytree(runs("mae"), tmp_path / "mae")
+  flags = ["--config=configs/finetune.py:smoke", f"--config.init={source}",
            f"--workdir={tmp_path / 'run'}", f"--data_dir={data_dir}"]
   assert train.main(flags) == 0
   out = capsys.readouterr().out
   assert "decoder" in out and "fixed sincos2d become learned" in out
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["model"]["name"] == "vit" and config["model"]["width"] == 32
-  shutil.move(runs("mae"), tmp_path / "elsewhere")  # a run goes on without its source's weights
-  (runs("mae")).mkdir()
-  shutil.copy(tmp_path / "elsewhere" / "config.json", runs("mae"))
+  shutil.rmtree(source / "checkpoints")  # a run goes on without its source's weights
   assert train.main(flags) == 0
   assert "became" not in capsys.readouterr().out
-  shutil.rmtree(runs("mae"))
+  shutil.rmtree(source)
   assert evaluate.main([f"--workdir={tmp_path / 'run'}", f"--data_dir={data_dir}", "--json",
                         "--config.augment.image_size=24", "--config.model.patch=6"]) == 0
   assert "classification/top1" in json.loads(capsys.readouterr().out.splitlines()[-1])
-  shutil.move(tmp_path / "elsewhere", runs("mae"))
   # A probe: nothing but the head moves, and the statistics of its norm.
   probe = tmp_path / "probe"
-  assert train.main([*flags[:2], f"--workdir={probe}", flags[3], "--config.model.probe_norm=true",
+  assert train.main([flags[0], f"--config.init={runs('mae')}", f"--workdir={probe}", flags[3],
+                     "--config.model.probe_norm=true",
                      "--config.optimizer.layer_decay=1.0",
                      "--config.optimizer.frozen=^(?!head)"]) == 0
   run, source = checkpoints.load_run(probe), checkpoints.load_run(runs("mae"))

@@ -30,8 +30,6 @@ from models import (
 )
 from models.transformer import Transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 D, HEADS, L = 8, 2, 6  # features, heads, tokens
 
 

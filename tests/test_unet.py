@@ -11,8 +11,6 @@ from arrays import normal, random_params
 
 from models import unet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = dict(image_size=(8, 12), channels=3, width=8, multipliers=(1, 3), blocks=1,
             attention_at=(4,))
 TIMES, LABELS = np.array([3.5, 41.0], np.float32), np.array([4, 5])
