@@ -14,6 +14,7 @@ import pytest
 from arrays import photo
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from tiers import suite
 
 from input_pipeline import image_ops, mixing
 from input_pipeline.augment import images as augment
@@ -327,7 +328,7 @@ def test_mix_size_divides_the_batch():
     augment.make(**section).train(jax.random.key(0), batch_of(4, 8, 8))
 
 
-@pytest.mark.parametrize("partner", augment.PARTNERS)
+@pytest.mark.parametrize("partner", suite(augment.PARTNERS, 0))
 def test_groups_on_one_device_are_mixed_there(partner):
   sharding = jax.sharding.NamedSharding(
       jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
@@ -432,11 +433,12 @@ def test_blur_draws_sigma_uniformly():
                              atol=0.12)
 
 
-@pytest.mark.parametrize("flat, on, more", [
+@pytest.mark.parametrize("flat, on, more", suite([
     (False, dict(color_jitter=(0.2, 0.0, 0.0, 0.0), blur=0.5),
      [dict(grayscale=0.5, solarize=0.5), dict(grayscale=1.0, grayscale_first=True)]),
     (False, dict(blur=0.5), [dict(color_jitter=(0.0, 0.0, 0.0, 0.5), jitter_prob=0.5)]),
-    (True, dict(color_jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=0.5), [dict(blur=0.5)])])
+    (True, dict(color_jitter=(0.2, 0.0, 0.0, 0.0), jitter_prob=0.5), [dict(blur=0.5)])],
+    2, unpack=True))
 def test_operations_that_are_off_leave_the_others_draws(flat, on, more):
   """On dark gray images some operations change nothing, unless by moving another's draws."""
   image = np.full((8, 8, 1), 60, np.uint8) if flat else photo(8, 8, 1) // 3
@@ -478,7 +480,8 @@ def test_everything_at_once_on_four_channels():
   assert np.asarray(out["image"]).std((1, 2, 3)).min() > 0.05
 
 
-@pytest.mark.parametrize("options, channels, share", [(TWO_VIEWS, 3, 0), (EVERYTHING, 1, 0.01)])
+@pytest.mark.parametrize("options, channels, share", [
+  (TWO_VIEWS, 3, 0), pytest.param(EVERYTHING, 1, 0.01, marks=pytest.mark.slow)])
 def test_eight_devices_as_one_in_one_trace(options, channels, share):
   batch = batch_of(16, 20, 16, channels)
   sharding = jax.sharding.NamedSharding(
@@ -499,9 +502,9 @@ def test_eight_devices_as_one_in_one_trace(options, channels, share):
   assert eight["image"].sharding.num_devices == 8
 
 
-@pytest.mark.parametrize("options", [
+@pytest.mark.parametrize("options", suite([
     EVERYTHING | dict(mixup=0.0, cutmix=0.0), TWO_VIEWS,
-    EVERYTHING | dict(mixup=0.0, cutmix=0.0, randaugment="rand-m9-mstd0.5-inc1")])
+    EVERYTHING | dict(mixup=0.0, cutmix=0.0, randaugment="rand-m9-mstd0.5-inc1")], 1))
 def test_an_example_depends_on_its_place_and_key_only(options):
   batch = batch_of(16, 20, 16)
   train = jax.jit(augment.make(**options).train)

@@ -233,6 +233,7 @@ def test_text_follows_from_seed_and_position(captioned, kind):
       0, 9)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_change_nothing(captioned, workers):
   make = functools.partial(paired, captioned, "mixed",

@@ -85,6 +85,7 @@ def test_a_worker_answers_each_line(monkeypatch, capsys):
   assert (two["wall"], four["wall"]) == (4.0, 2.0) and two["cpu"] >= 0
 
 
+@pytest.mark.slow
 def test_compare_runs_ours_beside_ours_and_against_a_page(monkeypatch, capsys, tmp_path):
   """From processes to exit status, with a recipe of seconds."""
   monkeypatch.setitem(compare.PAIRS, "small", compare.Pair(
@@ -140,6 +141,7 @@ def test_the_line_of_sampling_times():
   assert sampling.fit([10, 20, 40], [1.0, 2.0, 8.0])[2] > 0.2
 
 
+@pytest.mark.slow
 def test_sampling_prints_a_row_for_each_sampler(monkeypatch, capsys):
   monkeypatch.setattr("sys.argv", [
     "sampling.py", "--config=configs/diffusion.py:smoke", "--samplers=euler,heun", "--steps=2,3",
@@ -170,6 +172,7 @@ def test_a_section_of_the_results_is_replaced_or_appended():
   assert again == page.replace("one", "three")
 
 
+@pytest.mark.slow
 def test_every_ablation_is_another_network_of_the_default_recipe():
   """No row is the default by another name; gates have the parameters of what they replace."""
   built = {}

@@ -79,8 +79,8 @@ def test_which_tokens_are_hidden_and_how(model):
 def test_loss_is_the_mean_over_chosen_tokens_however_the_batch_is_split(model):
   ids = some_texts(8, (22, 4, 9))
   method = method_module.make(model)
-  params, extra = method.init(jax.random.key(0), {"text": ids})
-  batch = method.draw(jax.random.key(3), {"text": ids})
+  params, extra = jax.jit(method.init)(jax.random.key(0), {"text": ids})
+  batch = jax.jit(method.draw)(jax.random.key(3), {"text": ids})
   run = jax.jit(method.loss)
   value, (_, metrics) = run(params, extra, batch, jax.random.key(0), 0)
   predict = {name: jax.jit(function) for name, function in method.predict.items()}
@@ -165,7 +165,7 @@ def test_unilms_four_masks(model):
 
   # And a token that is not seen changes nothing.
   method = method_module.make(model, masks="unilm")
-  params, _ = method.init(jax.random.key(0), {"text": ids[:1]})
+  params, _ = jax.jit(method.init)(jax.random.key(0), {"text": ids[:1]})
   forward = jax.jit(lambda ids, mask: model.apply({"params": params}, ids, mask=mask))
   row = found.index("forward")
   other = ids[row:row + 1].copy()
@@ -266,6 +266,7 @@ def run(tmp_path_factory):
   return root / "data", root / "bert"
 
 
+@pytest.mark.slow
 def test_clips_text_tower_starts_from_bert(run):
   """The same tokens bit for bit, of a tower of the same build and the same tokenizer."""
   data_dir, workdir = run

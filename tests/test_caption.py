@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from arrays import normal, random_params
 from matplotlib.image import imread
+from tiers import suite
 
 import train
 from evaluators import captions
@@ -47,8 +48,9 @@ def made(**fields):
 
 # The model ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("positions,scan,width", [
-  ("learned", False, 24), ("sinusoidal", True, 16), ("rope", True, 16), ("alibi", False, 24)])
+@pytest.mark.parametrize("positions,scan,width", suite([
+  ("learned", False, 24), ("sinusoidal", True, 16), ("rope", True, 16), ("alibi", False, 24)],
+  0, 2, unpack=True))
 def test_cached_steps_equal_the_whole_text(positions, scan, width):
   model, params, image = made(text_positions=positions, scan=scan, width=width)
   whole = model.apply({"params": params}, image, IDS)
@@ -161,8 +163,8 @@ def slow_step(model, params, image):
   return step, {"image": image, "before": jnp.zeros((len(image), CONTEXT), jnp.int32)}
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(beams=3, length_penalty=3.0),
-                                    dict(temperature=0.7, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("fields", suite([dict(), dict(beams=3, length_penalty=3.0),
+                                    dict(temperature=0.7, top_p=0.9)], 0), ids=str)
 def test_captions_are_those_of_the_whole_text_in_any_batch(fields):
   model, params, image = made()
   predict = jax.jit(method.make(model, **fields).predict["caption"])
@@ -185,7 +187,8 @@ def test_captions_are_those_of_the_whole_text_in_any_batch(fields):
         predict(params, {}, {"image": image[row:row + 1]}, rng)[0], found[row])
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(beams=2), dict(temperature=1.0)], ids=str)
+@pytest.mark.parametrize("fields", suite([dict(), dict(beams=2), dict(temperature=1.0)], 0),
+                         ids=str)
 def test_each_device_writes_its_own_captions(fields):
   """Devices that wait for each other in a loop may do so for ever: on CPUs nothing orders them."""
   model, params, image = made()
@@ -308,6 +311,7 @@ def run_train(name, workdir, data_dir, **overrides):
                      f"--data_dir={data_dir}", *flags])
 
 
+@pytest.mark.slow
 def test_it_learns_to_say_what_it_is_shown_and_starts_from_other_runs(tmp_path):
   data_dir, vit, workdir = (str(tmp_path / name) for name in ("data", "vit", "caption"))
   assert run_train("caption", workdir, data_dir, **LEARN) == 0

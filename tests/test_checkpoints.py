@@ -16,7 +16,7 @@ import pytest
 import runs
 
 import train
-from trainer import checkpoints
+from trainer import checkpoints, sharding, store
 from trainer.logging import read_metrics
 from trainer.state import TrainState
 
@@ -72,6 +72,26 @@ def test_a_damaged_file_is_never_used(how, tmp_path, caplog):
       assert f"{tmp_path}/run/checkpoints/2 is damaged" in caplog.text
     file.write_bytes(whole)
   assert skipped >= 3
+
+
+def test_the_host_and_the_devices_sum_the_same_bits():
+  rng = np.random.default_rng(0)
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+  tree = {"f": jax.device_put(rng.normal(size=(6, 8)).astype(np.float32), split),
+          **jax.device_put({
+            "h": jnp.asarray(rng.normal(size=(5, 3)), jnp.bfloat16), "i": jnp.int32(-7),
+            "b": jnp.array([True, False, True]), "w": jnp.arange(9, dtype=jnp.uint8)},
+            sharding.replicated(mesh))}
+  word = store.digest(tree)
+  assert word == store._digest_on_host(tree)
+  assert word == int(store._digest_on_device(tree))
+  for name, x in tree.items():  # the last bit of any
+    bits = np.array(x)
+    bits.reshape(-1).view(np.uint8)[-1] ^= 1
+    changed = tree | {name: jax.device_put(bits, x.sharding)}
+    assert store.digest(changed) != word
+    assert int(store._digest_on_device(changed)) != word
 
 
 def test_all_damaged_is_an_error_and_a_damaged_one_is_written_over(tmp_path):
@@ -229,6 +249,7 @@ def same_run(a, b):
                                 for t in trees))
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_changes_nothing(unbroken, tmp_path):
   """Killed three times, in training and around saves and evaluations, and continued each time."""
   for step in (9, 21, 43):
@@ -242,6 +263,7 @@ def test_sigkill_at_any_moment_changes_nothing(unbroken, tmp_path):
   same_run(tmp_path / "run", unbroken / "run")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_tells_how_to_continue(unbroken, tmp_path):
   process = run_command(tmp_path / "run", unbroken / "data", *KILLED)
   wait_for_step(tmp_path / "run", 10, process)

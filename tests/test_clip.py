@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import suite
 
 from losses import contrastive
 from methods import clip as method_module
@@ -119,8 +120,8 @@ def test_no_device_ever_holds_all_logits_in_chunks(name):
   assert chunked < 3 * temporary(name, 2048, 64, 8)
 
 
-@pytest.mark.parametrize("chunk", [0, 8])
-@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name,chunk", suite(
+  [("softmax", 0), ("softmax", 8), ("sigmoid", 0), ("sigmoid", 8)], 0, 3, unpack=True))
 def test_losses_on_eight_devices(name, chunk):
   """Negatives come from the whole batch, wherever its pairs are."""
   args = *map(jnp.float32, (unit(0, 32, 6), unit(1, 32, 6))), 20.0, -3.0
@@ -248,7 +249,7 @@ def test_parameter_count(variant, vocab_size, context, count):
   assert sum(x.size for x in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.parametrize("fields", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("fields", suite([VIT, RESNET], 0), ids=["vit", "resnet"])
 def test_predictions(fields):
   method, batch = method_of(4, tower=fields, dtype="bfloat16"), batch_of(4)
   params, extra = jax.jit(method.init)(jax.random.key(0), batch)
@@ -285,7 +286,8 @@ def test_locked_image_tower_keeps_its_statistics():
     assert set(jax.tree.leaves(changed)) == {moves}
 
 
-@pytest.mark.parametrize("loss,chunk,fields", [("softmax", 0, {}), ("sigmoid", 8, SIGMOID)])
+@pytest.mark.parametrize("loss,chunk,fields", [
+  ("softmax", 0, {}), pytest.param("sigmoid", 8, SIGMOID, marks=pytest.mark.slow)])
 def test_training_on_eight_devices(loss, chunk, fields):
   """Metrics and the gradient of every parameter."""
   method, batch = method_of(loss=loss, chunk=chunk, **fields), batch_of(32)

@@ -80,6 +80,7 @@ def test_a_method_says_what_data_lacks(newcomer, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_simsiam_whose_predictor_keeps_its_rate(newcomer, tmp_path):
   config_file, workdir = newcomer("simsiam"), tmp_path / "run"
   built = recipe.build(recipe.load_config(config_file))
@@ -112,6 +113,7 @@ def test_a_gan_of_two_rates_and_two_steps_to_one(newcomer, tmp_path):
   assert runs[0].predict("sample", {"label": np.arange(5)}).shape == (5, 16, 16, 1)
 
 
+@pytest.mark.slow
 def test_tones_without_an_image_survive_a_kill(tmp_path):
   """As a user does it: the files are put into a copy of the house, and the commands run there."""
   house = tmp_path / "house"

@@ -1,8 +1,11 @@
 """Diffusion end to end: guidance, meshes, bad input; the frame's maths is tested beside it."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from tiers import suite
 
 from diffusion import grids, guidance, paths, predictions, samplers
 from methods import diffusion
@@ -17,14 +20,21 @@ def make(num_classes=3, samples=None, **fields):
   method = diffusion.make(model, samples=samples or {"sample": dict(steps=3)}, **fields)
   batch = {"image": jax.random.normal(jax.random.key(0), (8, 16, 16, 1)),
            "label": np.arange(8, dtype=np.int32) % 3}
-  params, extra = method.init(jax.random.key(1), batch)
-  params = jax.tree.map(  # adaLN-Zero starts at zero: nothing would depend on the label
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
+
+  @jax.jit
+  def init(batch):
+    params, extra = method.init(jax.random.key(1), batch)
+    return jax.tree.map(  # adaLN-Zero starts at zero: nothing would depend on the label
+      lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params), extra
+  params, extra = init(batch)
   return model, method, batch, params, extra
 
 
+jitted = functools.lru_cache(jax.jit)
+
+
 def sample(method, params, batch, name="sample", seed=3, **more):
-  return np.asarray(jax.jit(method.predict[name])(params, {}, {**batch, **more},
+  return np.asarray(jitted(method.predict[name])(params, {}, {**batch, **more},
                                                   jax.random.key(seed)))
 
 
@@ -58,8 +68,9 @@ def test_guidance_leaves_a_learned_variance_alone():
   alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
   high, low = alpha_bar[16], alpha_bar[0]
   x, t, beta = noise * np.sqrt(1 - high), np.full(8, 16, np.float32), 1 - high / low
-  given, none = (np.float64(model.apply({"params": params}, x, t, y)) for y in (
-    label, np.full(8, 3)))
+  apply = jax.jit(model.apply)
+  given, none = (np.float64(apply({"params": params}, x, t, y)) for y in (
+    label, np.full(8, 3, np.int32)))
   eps = (none + scale * (given - none))[..., :1]
   x0 = (x - np.sqrt(1 - high) * eps) / np.sqrt(high)
   mean = (np.sqrt(low) * beta * x0 + np.sqrt(1 - beta) * (1 - low) * x) / (1 - high)
@@ -107,9 +118,9 @@ def test_path_of_a_sampler(options, calls):
     np.testing.assert_allclose(path["x0"][:, k], x - t * velocity, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [
+@pytest.mark.parametrize("options", suite([
   dict(sampler="heun", steps=3), dict(sampler="euler_maruyama", steps=3, grid_options=dict(
-    start=0.99))], ids=lambda o: o["sampler"])
+    start=0.99))], 0), ids=lambda o: o["sampler"])
 def test_same_seed_same_images_on_any_mesh(options):
   _, method, batch, params, _ = make(samples={"sample": options})
   alone = sample(method, params, {"label": batch["label"]})
@@ -121,7 +132,7 @@ def test_same_seed_same_images_on_any_mesh(options):
   assert np.abs(sample(method, params, {"label": batch["label"]}, seed=4) - alone).max() > 0.1
 
 
-@pytest.mark.parametrize("fields", [
+@pytest.mark.parametrize("fields", suite([
   dict(), dict(path="vp_cosine", prediction="v"), dict(path="edm", prediction="edm",
   times="log_normal", weighting="edm", samples={"sample": dict(sampler="edm", grid="karras",
                                                                steps=3)}),
@@ -130,12 +141,12 @@ def test_same_seed_same_images_on_any_mesh(options):
                                sampler_options=dict(variance="learned"))}),
   dict(path="ve", prediction="score", weighting="sigma2", samples={"sample": dict(
     sampler="heun", steps=3, grid_options=dict(end=1e-5))}),
-  dict(num_classes=0)], ids=str)
+  dict(num_classes=0)], 3, 5), ids=str)
 def test_every_corner_of_the_frame_trains_and_samples(fields):
   model, method, batch, params, extra = make(**fields)
   drawn = method.draw(jax.random.key(5), batch)
-  value, (after, _) = method.loss(params, extra, drawn, jax.random.key(6), 0)
-  grads = jax.grad(lambda p: method.loss(p, extra, drawn, jax.random.key(6), 0)[0])(params)
+  (value, (after, _)), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(
+    params, extra, drawn, jax.random.key(6), 0)
   assert np.isfinite(value) and after == {}
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
   image = sample(method, params, batch if not model.num_classes else {"label": batch["label"]},
@@ -155,9 +166,9 @@ def embedded_times(monkeypatch):
   return seen
 
 
-@pytest.mark.parametrize("variant, fields, scale", [
+@pytest.mark.parametrize("variant, fields, scale", suite([
   ("imagenet_sit_xl2", {}, 1), ("imagenet_sit_xl2", {"time_scale": None}, 1000),
-  ("", {}, 1000), ("imagenet_dit_xl2", {}, 1)])
+  ("", {}, 1000), ("imagenet_dit_xl2", {}, 1)], 0, 2, unpack=True))
 def test_times_reach_the_embedding_on_the_recipes_scale(variant, fields, scale, monkeypatch):
   """willisma/SiT models.py embeds t in [0, 1] itself; without the field a run keeps its 1000."""
   config = recipe.load_config(f"configs/diffusion.py:{variant}")
@@ -178,8 +189,8 @@ def test_times_reach_the_embedding_on_the_recipes_scale(variant, fields, scale, 
 
 
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("start", [999.0, 998.5])
+@pytest.mark.parametrize("dtype", suite(["float32", "bfloat16"], 1))
+@pytest.mark.parametrize("start", suite([999.0, 998.5], 0))
 def test_times_keep_their_digits_in_bfloat16(start, dtype, x_dtype, monkeypatch):
   """bfloat16 has 8 bits, so that both would be 1000: a time that no model was trained at."""
   seen = embedded_times(monkeypatch)
@@ -228,6 +239,6 @@ def test_labels_are_dropped_as_often_as_asked():
   ({"method.samples.sample.grid_options": "{'start': 2.0}"}, "2 is outside path 'linear'"),
   ({"model.learn_sigma": "true"}, "model.learn_sigma needs method.path = 'vp_discrete'"),
 ])
-def test_bad_input(overrides, message, tmp_path):
+def test_bad_input(overrides, message, data_dir):
   with pytest.raises(ValueError, match=message):
-    recipe.build(recipe.load_config("configs/diffusion.py:smoke", overrides), str(tmp_path))
+    recipe.build(recipe.load_config("configs/diffusion.py:smoke", overrides), data_dir)

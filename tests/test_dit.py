@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import normal, random_params
+from tiers import suite
 
 from models import dit, positions
 from trainer import sharding
@@ -209,7 +210,7 @@ def test_scan_and_remat_are_what_they_say(scan):
   assert flops["none"] < flops["dots"] < flops["full"]
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", suite([False, True], 1))
 def test_compute_type_is_not_the_parameters(scan):
   x = normal(2, 8, 12, 3)
   model = dit.make(**TINY, num_classes=5, rope=True, qk_norm=True, mlp="swiglu", scan=scan)
@@ -223,7 +224,7 @@ def test_compute_type_is_not_the_parameters(scan):
   assert 0 < np.abs(y - expected).max() < 0.03 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.mark.parametrize("mlp", suite(["gelu", "swiglu"], 1))
 def test_on_a_mesh(mlp):
   """Heads and hidden features are split by the trainer's rules, and no number changes."""
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)

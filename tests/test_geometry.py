@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from arrays import photo
 from PIL import Image
+from tiers import suite
 
 import train
 from input_pipeline import batches, geometry
@@ -167,7 +168,7 @@ VIEWS = {
               second_view=dict(crop_area=(0.05, 0.3), interpolation="bicubic"))}
 
 
-@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("kind", suite(VIEWS, 0, 1))
 def test_cached_and_streamed_images_are_cut_alike(folder, kind):
   make = functools.partial(batches.make, f"folder:{folder}", batch_size=5,
                            views=geometry.views(dict(image_size=16, **VIEWS[kind])))
@@ -212,7 +213,7 @@ def test_a_boxs_place_follows_from_seed_and_position(folder):
   assert np.abs(other.astype(int) - images[0]).mean() > 5
 
 
-@pytest.mark.parametrize("cached", ["0", "1000000"])
+@pytest.mark.parametrize("cached", suite(["0", "1000000"], 0))
 def test_a_notebook_sees_what_evaluation_sees(folder, tmp_path, cached):
   """A run's `preprocess`, on whole images, gives what the run's evaluation reads and normalises."""
   options = {"augment.eval_crop": "0.8", "augment.crop_area": "(0.3,1)", "augment.image_size": "16",

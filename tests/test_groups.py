@@ -180,6 +180,7 @@ FLAGS = ["--config=configs/vit.py:smoke", "--config.log_every_steps=1",
          "--config.evals.classification=none"]
 
 
+@pytest.mark.slow
 def test_a_run_with_groups_goes_on_bit_for_bit(data_dir, tmp_path):
   flags = [*FLAGS, f"--data_dir={data_dir}", "--config.checkpoint.every_steps=2",
            "--config.checkpoint.keep=none", "--config.optimizer.groups.head.path=^head/",

@@ -65,6 +65,7 @@ def test_every_block_as_pytorch_fid(variables, recorded):
     np.testing.assert_allclose(actual, recorded[name], rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_features_of_images_of_another_size_and_grey_ones(path, variables, recorded):
   large = np.random.RandomState(1).randint(0, 256, (2, 340, 310, 3)).astype(np.uint8)
   features = np.asarray(inception.features(variables, large))

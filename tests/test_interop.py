@@ -99,6 +99,7 @@ def test_recordings_go_in_and_out(case, directory, capsys):
     assert after[name].dtype == x.dtype and np.array_equal(after[name], x), name
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_goes_in_and_out_of_every_format_of_its_family(directory, capsys):
   """Through each publisher's layout and in again every parameter has the same bits."""
   for case, publishers in {"vit": ("hf", "timm", "npz", "vit/augreg"),

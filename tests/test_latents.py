@@ -77,6 +77,7 @@ def test_latents_are_drawn_anew_and_scaled():
   np.testing.assert_allclose([np.mean(z), np.std(z)], [0, 1], atol=0.03)
 
 
+@pytest.mark.slow
 def test_a_diffusion_run_on_latents(folder, tmp_path):
   """From files to a checkpoint, figures and samples, streamed and with latents as classes' rows."""
   workdir = tmp_path / "run"

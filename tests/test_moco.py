@@ -146,41 +146,43 @@ def test_shuffling_moves_keys_to_other_groups_and_back():
   ({"method.momentum_schedule": "cosin"}, "did you mean 'cosine'"),
   ({"optimizer.frozen": "embedd"}, "optimizer.frozen = 'embedd': must match some parameters"),
 ])
-def test_bad_input_is_named_before_anything_compiles(overrides, message, tmp_path):
+def test_bad_input_is_named_before_anything_compiles(overrides, message, data_dir):
   with pytest.raises(ValueError, match=message):
     config = recipe.load_config("configs/moco.py:smoke", overrides)
-    loop.abstract_state(recipe.build(config, str(tmp_path)))
+    loop.abstract_state(recipe.build(config, data_dir))
 
 
-def test_collapse_is_said_once(tmp_path, caplog):
+def test_collapse_is_said_once(tmp_path, data_dir, caplog):
   config = recipe.load_config("configs/moco.py:smoke", {
     "method.collapse_threshold": "1e9", "log_every_steps": "1", "evals.knn": "none"})
   with caplog.at_level(logging.WARNING, "vitrine"):
-    loop.train(recipe.build(config, str(tmp_path / "data")), tmp_path / "run")
+    loop.train(recipe.build(config, data_dir), tmp_path / "run")
   warnings = [r.getMessage() for r in caplog.records if "collapse_threshold" in r.getMessage()]
   assert len(warnings) == 1 and "step 1: feature_std" in warnings[0]
 
 
-def test_frozen_parameters_stay_and_cost_no_optimizer_state(tmp_path):
+@pytest.mark.slow
+def test_frozen_parameters_stay_and_cost_no_optimizer_state(data_dir):
   config = recipe.load_config("configs/moco.py:smoke_v3", {"optimizer.weight_decay": "0.5"})
-  built = recipe.build(config, str(tmp_path))
+  built = recipe.build(config, data_dir)
   _, shardings = loop.abstract_state(built)
   state = jax.jit(loop.initial_state(built), out_shardings=shardings)()
   before = jax.device_get(state)
   paths = {optimizer.path_name(path) for path, _ in jax.tree.leaves_with_path(before.opt)}
   assert any("backbone/cls" in path for path in paths)
   assert not any("embed/projection" in path for path in paths)
+  step = loop.jitted_step(built, shardings)
   for batch in built.data.train(0, 2):
-    state, metrics = loop.jitted_step(built, shardings)(state, batch)
+    state, metrics = step(state, batch)
   np.testing.assert_array_equal(before.params["backbone"]["embed"]["projection"]["kernel"],
                                 state.params["backbone"]["embed"]["projection"]["kernel"])
   assert np.abs(before.params["projector"]["dense_0"]["kernel"]
                 - state.params["projector"]["dense_0"]["kernel"]).max() > 1e-5
 
 
-def test_the_queue_is_given_to_the_step_and_taken_back(tmp_path):
+def test_the_queue_is_given_to_the_step_and_taken_back(data_dir):
   config = recipe.load_config("configs/moco.py:smoke")
-  built = recipe.build(config, str(tmp_path))
+  built = recipe.build(config, data_dir)
   _, shardings = loop.abstract_state(built)
   state = jax.jit(loop.initial_state(built), out_shardings=shardings)()
   batch = jax.device_put(next(iter(built.data.train(0, 1))), sharding.batch_sharding(built.mesh))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import normal, random_params
+from tiers import suite
 
 from models import kernels, layers, mae, positions, transformer, vit
 from trainer.flops import count_flops
@@ -176,7 +177,8 @@ def unrolled():
   return run, jax.jit(function)(*args)
 
 
-@pytest.mark.parametrize("scan,remat", [(True, "none"), (True, "dots"), (False, "full")])
+@pytest.mark.parametrize("scan,remat", suite(
+  [(True, "none"), (True, "dots"), (False, "full")], 1, unpack=True))
 def test_scan_and_remat_change_no_number(unrolled, scan, remat):
   run, expected = unrolled
   function, args = run(scan=scan, remat=remat)

@@ -29,7 +29,7 @@ def filled(shapes, seed):
 
 
 def one_step(tx, params, grads):
-  return jax.jit(tx.update)(grads, tx.init(params), params)[0]
+  return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])(grads, params)
 
 
 # --- Schedules ------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def test_what_the_flags_say_is_not_settled(folders):
   assert not own.own_data and own.data.favour  # another set of glyphs has what glyphs have
 
 
+@pytest.mark.slow
 def test_clip_trains_by_one_flag(folders, tmp_path, capsys):
   """The words of the report: favour, a setting of the embedded data, stopped it."""
   assert train.main(["--config=configs/clip.py:smoke", f"--workdir={tmp_path}/run",

@@ -26,6 +26,7 @@ def folder(tmp_path):
   return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_colour_images_of_many_sizes(folder, tmp_path):
   assert train.main([
     "--config=configs/vit.py:smoke", f"--workdir={tmp_path / 'run'}",

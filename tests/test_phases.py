@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from runs import broken_off
+from tiers import suite
 
 import train
 from methods import supervised
@@ -261,6 +262,7 @@ def build(data_dir, **overrides):
   return recipe.build(config, data_dir)
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_goes_on_bit_for_bit(module, data_dir, tmp_path):
   flags = ["--config=configs/vit.py:smoke", f"--data_dir={data_dir}", "--config.accumulate=1",
            "--config.method.name=players", "--config.checkpoint.every_steps=2",
@@ -272,8 +274,9 @@ def test_a_run_broken_off_goes_on_bit_for_bit(module, data_dir, tmp_path):
   assert rows[0]["train/loss"] != rows[-1]["train/loss"]
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4)],
-                         ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "mesh", suite([dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4)], 1), ids=str)
 def test_eight_devices_equal_one(module, data_dir, mesh):
   built = build(data_dir, optimizer__name="sgd", optimizer__ns_steps="none", model__heads="4",
                 optimizer__lr="0.1", schedule__warmup_steps="0", optimizer__clip_norm="1.0",
@@ -299,6 +302,7 @@ def test_eight_devices_equal_one(module, data_dir, mesh):
     assert "fsdp" in str(momenta)
 
 
+@pytest.mark.slow
 def test_flops_are_of_each_phases_part_and_rows(module, data_dir):
   built = build(data_dir)
   state, _ = loop.abstract_state(built)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiers import suite
 
 import plan as command
 from input_pipeline import stand_in
@@ -80,7 +81,7 @@ def small(mesh, name):
   return recipe.build(config, data=data)
 
 
-@pytest.mark.parametrize("name", ["configs/vit.py:smoke", "configs/mae.py:smoke"])
+@pytest.mark.parametrize("name", suite(["configs/vit.py:smoke", "configs/mae.py:smoke"], 0))
 def test_data_parallel_moves_the_gradients_once(name):
   built = small({"data": 8}, name)
   step, state = plan.compile_step(built)
@@ -90,7 +91,7 @@ def test_data_parallel_moves_the_gradients_once(name):
   assert 0.95 * gradients <= moved["all-reduce"]["bytes"] <= gradients + 4096
 
 
-@pytest.mark.parametrize("name", ["configs/vit.py:smoke", "configs/mae.py:smoke"])
+@pytest.mark.parametrize("name", suite(["configs/vit.py:smoke", "configs/mae.py:smoke"], 0))
 def test_fsdp_gathers_the_parameters_twice(name):
   built = small({"data": 1, "fsdp": 8}, name)
   step, state = plan.compile_step(built)
@@ -113,6 +114,10 @@ def test_the_command(capsys):
   result = json.loads(capsys.readouterr().out)
   assert result["parameters"] == 25_136 and result["devices"] == 4
   assert result["bytes_per_device"] > 4 * 3 * 25_136 and result["fits"] is None
+
+
+@pytest.mark.slow
+def test_the_layout(capsys):
   assert command.main(["--config=configs/vit.py:smoke", "--topology=cpu:8", "--layout",
                        "--config.mesh.fsdp=8"]) == 0
   shown = capsys.readouterr().out

@@ -62,6 +62,7 @@ def close(a, b):
   np.testing.assert_allclose([a[s] for s in sorted(a)], [b[s] for s in sorted(a)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(runs):
   folder, outputs = runs
   one, two = losses(folder / "one"), losses(folder / "two")
@@ -75,6 +76,7 @@ def test_two_processes_equal_one(runs):
   assert "step 8/8" in outputs[0] and "step 8/8" not in outputs[1]  # one process tells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["one", "two"])
 def test_continued_by_another_number_of_processes(runs, source, tmp_path):
   folder, _ = runs
@@ -89,6 +91,7 @@ def test_continued_by_another_number_of_processes(runs, source, tmp_path):
   chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_are_told(runs, tmp_path):
   processes = pair(tmp_path / "run", runs[0] / "data")
   processes[1].kill()
@@ -101,6 +104,7 @@ def test_processes_that_disagree_are_told(runs, tmp_path):
   assert "processes do not agree on the config: [1] differ" in outputs[0] + outputs[1]
 
 
+@pytest.mark.slow
 def test_preempted_together(runs, tmp_path):
   processes = pair(tmp_path / "run", runs[0] / "data", "--config.total_steps=100000",
                    "--config.eval_every_steps=0", "--config.checkpoint.every_steps=none")

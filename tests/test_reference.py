@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import published
 import pytest
+from tiers import suite
 
 from methods import mae as mae_method
 from models import mae, positions, vit
@@ -16,8 +17,8 @@ SMALL = dict(image_size=32, channels=3, patch=8, width=64, depth=3, heads=4, mlp
 MAE = dict(**SMALL, positions="learned", decoder_width=48, decoder_depth=2, decoder_heads=4)
 
 
-@pytest.mark.parametrize("fields", [
-  {}, {"scan": True}, {"remat": "full"}, {"remat": "dots", "scan": True}])
+@pytest.mark.parametrize("fields", suite([
+  {}, {"scan": True}, {"remat": "full"}, {"remat": "dots", "scan": True}], 0, 3))
 def test_vit_outputs_loss_and_gradients(fields):
   weights, io = published.load("vit"), published.arrays("vit")
   model = vit.make(**SMALL, num_classes=10, **fields)

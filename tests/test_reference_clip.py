@@ -44,8 +44,8 @@ def forward(model, params, batch):
 
 
 @pytest.mark.parametrize("case,masked,chunk", [
-  ("clip_eos", False, 0), ("clip_eos", True, 2), ("clip_legacy", False, 2),
-  ("clip_legacy", True, 0)])
+  ("clip_eos", False, 0), pytest.param("clip_eos", True, 2, marks=pytest.mark.slow),
+  pytest.param("clip_legacy", False, 2, marks=pytest.mark.slow), ("clip_legacy", True, 0)])
 def test_clip(case, masked, chunk):
   (weights, params), io = load(case), published.arrays(case)
   model = build({**CLIP, **CASES[case], "text_mask_padding": masked})

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
+from tiers import suite
 
 from models import dit, vit
 
@@ -112,8 +113,8 @@ def hybrid_loss(out, x0, noise, x_t, t):
   return simple, vlb
 
 
-@pytest.mark.parametrize("fields", [{}, {"scan": True}, {"remat": "dots"}, {
-  "remat": "full", "scan": True}])
+@pytest.mark.parametrize("fields", suite([{}, {"scan": True}, {"remat": "dots"}, {
+  "remat": "full", "scan": True}], 0, 3))
 def test_loss_and_gradients(params, fields):
   train = {name: published.nhwc(x) if x.ndim == 4 else x
            for name, x in published.arrays("dit", "train").items()}

@@ -57,8 +57,9 @@ def test_outputs_at_evaluation(case):
 def test_a_training_step(case):
   name, weights, io, model, params, stats, batch = case
   method = supervised.make(model)
-  logits, _ = model.apply({"params": params, "batch_stats": stats}, batch["image"], train=True,
-                          mutable=["batch_stats"])[0]
+  logits, _ = jax.jit(lambda variables, image: model.apply(
+    variables, image, train=True, mutable=["batch_stats"])[0])(
+      {"params": params, "batch_stats": stats}, batch["image"])
   np.testing.assert_allclose(logits, io["logits_train"], atol=1e-5)
   step = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
   (value, (extra, _)), grads = step(params, {"batch_stats": stats}, batch, jax.random.key(0), 0)

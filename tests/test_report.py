@@ -120,9 +120,9 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, caplog):
   assert len(caplog.records) == 2 and str(run) in caplog.text
 
 
-def test_a_training_and_an_evaluation_write_it(tmp_path, capsys):
-  run, data = tmp_path / "run", f"--data_dir={tmp_path / 'data'}"
-  flags = ["--config=configs/vit.py:smoke", f"--workdir={run}", data, "--config.model.depth=1",
+def test_a_training_and_an_evaluation_write_it(data_dir, tmp_path, capsys):
+  run, data = tmp_path / "run", f"--data_dir={data_dir}"
+  flags = ["--config=configs/vit.py:smoke", f"--workdir={run}", data,
            "--config.checkpoint.every_steps=2"]
   broken = ["--config.optimizer.lr=1e30", "--config.optimizer.name=sgd",
             "--config.optimizer.ns_steps=none", "--config.schedule.warmup_steps=0"]
@@ -132,7 +132,7 @@ def test_a_training_and_an_evaluation_write_it(tmp_path, capsys):
   assert train.main(flags) == 0
   assert f"report  {run / 'report.html'}" in capsys.readouterr().out
   started, stopped = read_lines(run / "history.jsonl")
-  assert started["step"] == 0 and "config.model.depth: 2 -> 1" in started["changed"]
+  assert started["step"] == 0 and "config.checkpoint.every_steps: None -> 2" in started["changed"]
   assert started["command"] == "python train.py " + " ".join(flags)
   assert {"recipe", "devices", "parameters", "python", "packages", "commit", "code"} <= set(
     started["facts"])

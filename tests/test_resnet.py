@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import normal
+from tiers import suite
 
 from input_pipeline import records
 from methods import supervised
@@ -226,7 +227,7 @@ def test_bad_fields(fields, message):
 
 # --- Supervised learning with it ------------------------------------------------------------------
 
-@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("groups", suite([1, 8], 0))
 def test_eight_devices_compute_what_one_does(groups):
   method = supervised.make(resnet.make(**TINY, bn_groups=groups))
   batch = {"image": normal(16, 16, 16, 3), "label": np.arange(16) % 5}

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tiers import suite
 
 from input_pipeline.splits import with_parts
 from interop import formats
@@ -51,7 +52,7 @@ def test_moco_v3s_patch_projection_is_xavier_and_its_attention_has_fans_of_its_o
   assert 0.99 * bound < np.abs(params["transformer/blocks/attention/qkv_kernel"]).max() <= bound
 
 
-@pytest.mark.parametrize("std", [0.0, 0.01, 2e-5])
+@pytest.mark.parametrize("std", suite([0.0, 0.01, 2e-5], 1))
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_a_head_starts_at_its_own_scale(family, std):
   model = vit.make(**WIDE, num_classes=200, head_init=std) if family == "vit" else resnet.make(
@@ -68,8 +69,7 @@ def test_augreg_has_a_tanh_layer_before_its_head():
   params = initial(model, x)
   assert not np.any(params["cls"])
   np.testing.assert_allclose(spread(params["position/table"]), 96**-0.5, rtol=0.1)
-  logits, out = model.apply({"params": jax.tree.map(jnp.asarray, model.init(
-    jax.random.key(0), x)["params"])}, x)
+  logits, out = jax.jit(model.apply)({"params": unflatten_dict(params, sep="/")}, x)
   dense = {name: np.float64(params[name]) for name in params}
   hidden = np.tanh(np.float64(out["features"]) @ dense["representation/kernel"]
                    + dense["representation/bias"])
@@ -108,13 +108,16 @@ def test_how_drop_path_is_spread(name, expected):
   model = transformer.Transformer(depth, 1, 4, drop_path=0.3, drop_path_spread=name,
                                   final_norm=False)
   x = jnp.zeros((n, 1, 2))
-  params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), x[:1])["params"])
+  params = jax.tree.map(lambda s: jnp.zeros(s.shape), jax.eval_shape(
+    model.init, jax.random.key(0), x[:1])["params"])
+  run = jax.jit(lambda params: model.apply(
+    {"params": params}, x, train=True, rngs={"drop_path": jax.random.key(1)}))
   counts = []
   for block in range(depth):
     bias = params["blocks"]["mlp"]["down"]["bias"].at[block].set(1.0)
     own = {**params, "blocks": {**params["blocks"], "mlp": {
       **params["blocks"]["mlp"], "down": {**params["blocks"]["mlp"]["down"], "bias": bias}}}}
-    y = model.apply({"params": own}, x, train=True, rngs={"drop_path": jax.random.key(1)})
+    y = run(own)
     counts.append(float((y[:, 0, 0] == 0).mean()))
     np.testing.assert_allclose(y.max(), 1 / (1 - expected[block]), rtol=1e-5)
   np.testing.assert_allclose(counts, expected, atol=0.025)
@@ -122,6 +125,7 @@ def test_how_drop_path_is_spread(name, expected):
 
 # --- bfloat16 -------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("float32_stream", [True, False])
 def test_what_small_branches_add_is_not_rounded_away(float32_stream):
   """At a layer scale of 1e-4, by how many of the stream's elements the blocks are felt."""

@@ -10,6 +10,7 @@ import numpy as np
 import published
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiers import suite
 
 from diffusion import grids, guidance, paths, predictions, samplers
 from models import dit
@@ -70,7 +71,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("case", ORDERS)
-@pytest.mark.parametrize("name", SPANS)
+@pytest.mark.parametrize("name", suite(SPANS, 0, 1, 3))
 def test_order_of_convergence(float64, name, case):
   sampler, (options, order) = case.split(" ")[0], ORDERS[case]
   denoise, path, start, end = frame_of(name, sampler)
@@ -146,7 +147,7 @@ def start_of(path, times):
   return alpha * MEAN[None], ROTATION * np.sqrt(alpha**2 * SCALES**2 + sigma**2)
 
 
-@pytest.mark.parametrize("name", ["linear", "vp_linear", "edm", "vp_discrete"])
+@pytest.mark.parametrize("name", suite(["linear", "vp_linear", "edm", "vp_discrete"], 0, 3))
 @pytest.mark.parametrize("case", STOCHASTIC)
 def test_moments_converge_to_the_datas(float64, name, case):
   """Without sampling error: at least at order 1 in the number of steps."""

@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from tiers import suite
 
 from trainer import checkpoints, loop, recipe, sharding
 
@@ -39,14 +40,22 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module", params=RECIPES)
-def built(request, tmp_path_factory):
+ALL_AXES = MESHES[-1]
+IN_SUITE = [("vit", ALL_AXES), ("moco_v1", ALL_AXES)]
+PAIRS = [*IN_SUITE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [
+  *((name, MESHES[0]) for name in RECIPES), *((name, ALL_AXES) for name in RECIPES),
+  *(("vit", mesh) for mesh in MESHES[1:3]), ("moco_v1", MESHES[1]), ("caption", MESHES[2])]
+  if pair not in IN_SUITE)]
+
+
+@pytest.fixture(scope="module")
+def built(request, data_dir):
   # SGD, so that a difference in the gradient shows as it is: Adam would magnify rounding.
   name, overrides = RECIPES[request.param]
   config = recipe.load_config(name, {
     "optimizer.name": "sgd", "optimizer.b2": "none", "schedule.warmup_steps": "0",
     "optimizer.lr": "0.1", "ema_decay": "0.9", "optimizer.clip_norm": "1.0", **overrides})
-  return recipe.build(config, str(tmp_path_factory.mktemp("data")))
+  return recipe.build(config, data_dir)
 
 
 def train(built, start=0, stop=3, store=None, devices=None, **mesh):
@@ -75,7 +84,7 @@ def alone(built):
   return history, jax.device_get(state)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("built,mesh", PAIRS, indirect=["built"], ids=str)
 def test_mesh_equals_one_device(built, alone, mesh):
   history, state = train(built, **mesh)
   chex.assert_trees_all_close(history, alone[0], rtol=1e-5, atol=1e-6)  # similarities may be near 0
@@ -83,21 +92,23 @@ def test_mesh_equals_one_device(built, alone, mesh):
   assert history[0]["grad_norm"] > 0.01 and history[-1]["loss"] != history[0]["loss"]
 
 
+@pytest.mark.parametrize("built", suite(["vit", "moco_v1", "clip", "diffusion"], 0), indirect=True)
 def test_a_run_saved_on_one_mesh_goes_on_on_others(built, tmp_path):
-  """fsdp 4 x tensor 2 writes; 1, 2 and 8 devices, data parallel, read and train 20 steps more."""
-  unbroken, _ = train(built, stop=23, devices=jax.devices()[:1])
+  """fsdp 4 x tensor 2 writes; 2 and 8 devices, data parallel, read and train six steps more."""
+  unbroken, _ = train(built, stop=9, devices=jax.devices()[:1])
   history, state = train(built, data=1, fsdp=4, tensor=2)
   store = checkpoints.Checkpoints(tmp_path)
   store.save(state, 3)
   store.finish()
   losses = [float(m["loss"]) for m in unbroken]
   np.testing.assert_allclose([float(m["loss"]) for m in history], losses[:3], rtol=1e-5)
-  for count in (1, 2, 8):
-    more, _ = train(built, 3, 23, store, devices=jax.devices()[:count])
+  for count in (2, 8):
+    more, _ = train(built, 3, 9, store, devices=jax.devices()[:count])
     np.testing.assert_allclose([float(m["loss"]) for m in more], losses[3:], rtol=1e-5)
   store.close()
 
 
+@pytest.mark.parametrize("built", RECIPES, indirect=True)
 def test_fsdp_splits_all_that_can_be_split(built):
   state, _ = loop.abstract_state(built._replace(mesh=sharding.make_mesh(data=1, fsdp=8)))
   for path, leaf in jax.tree.leaves_with_path((state.params, state.ema)):

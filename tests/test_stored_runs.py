@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stored import make
+from tiers import suite
 
 import evaluate
 import train
@@ -32,7 +33,7 @@ def data(tmp_path_factory):
   return folder, made.info.fingerprint
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=suite(NAMES, keys=("mae",)))
 def stored(request, tmp_path):
   """(name, a copy of the run directory, what the older code did with it, its arrays)."""
   with zipfile.ZipFile(STORED / f"{request.param}.zip") as file:

@@ -8,6 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from tiers import suite
 
 import evaluate
 import train
@@ -27,12 +28,16 @@ def run_train(data_dir):
   return run
 
 
-@pytest.fixture(scope="session", params=SMOKES)
+def parts(config):
+  """"configs/NAME.py:VARIANT" -> (NAME, VARIANT)"""
+  return re.fullmatch(r"configs/(\w+).py:(\w+)", config).groups()
+
+
+@pytest.fixture(scope="session", params=suite(SMOKES, 0, 1, 5))
 def finished(request, smoke_run, tmp_path_factory):
   """(config, a copy of its run)."""
-  recipe, variant = re.fullmatch(r"configs/(\w+).py:(\w+)", request.param).groups()
   copy = tmp_path_factory.mktemp("run") / "run"
-  return request.param, shutil.copytree(smoke_run(recipe, variant), copy)
+  return request.param, shutil.copytree(smoke_run(*parts(request.param)), copy)
 
 
 def curve(workdir):
@@ -103,13 +108,13 @@ def test_evaluate_gives_the_numbers_of_training(finished, data_dir, capsys):
       np.testing.assert_allclose(value, last[f"eval/{name}"], rtol=1e-4, err_msg=name)
 
 
-def test_same_seed_is_bit_identical_and_another_is_not(run_train, tmp_path):
-  assert run_train(SMOKES[0], tmp_path / "a") == 0
-  assert run_train(SMOKES[0], tmp_path / "b") == 0
-  assert run_train(SMOKES[0], tmp_path / "c", "--config.seed=1") == 0
-  a, b, c = (checkpoints.load_run(tmp_path / x).params for x in "abc")
+def test_same_seed_is_bit_identical_and_another_is_not(smoke_run, run_train, tmp_path):
+  first, again, other = smoke_run("vit"), tmp_path / "again", tmp_path / "other"
+  assert run_train("configs/vit.py:smoke", again) == 0
+  assert run_train("configs/vit.py:smoke", other, "--config.seed=1") == 0
+  a, b, c = (checkpoints.load_run(workdir).params for workdir in (first, again, other))
   chex.assert_trees_all_equal(a, b)
-  assert curve(tmp_path / "a") == curve(tmp_path / "b") != curve(tmp_path / "c")
+  assert curve(first) == curve(again) != curve(other)
   assert any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(c)))
 
 
@@ -126,8 +131,9 @@ def test_interrupted_and_continued_equals_unbroken(run_train, tmp_path):
   assert curve(tmp_path / "whole") == curve(tmp_path / "cut")
 
 
-def test_bfloat16_follows_float32(finished, run_train, tmp_path):
-  config, workdir = finished
+@pytest.mark.parametrize("config", suite(SMOKES, keys=("configs/vit.py:smoke",)))
+def test_bfloat16_follows_float32(config, smoke_run, run_train, tmp_path):
+  workdir = smoke_run(*parts(config))
   assert run_train(config, tmp_path / "run", "--config.dtype=bfloat16") == 0
   losses = [[row["train/loss"] for row in read_metrics(path) if "train/loss" in row]
             for path in (tmp_path / "run", workdir)]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import suite
 
 import evaluate
 import train
@@ -75,7 +76,7 @@ def test_every_family_gives_its_image_network(runs, data_dir, family):
                                 source.extra["stats"]["batch_stats"]["backbone"])
 
 
-@pytest.mark.parametrize("kind", ["sincos2d", "learned"])
+@pytest.mark.parametrize("kind", suite(["sincos2d", "learned"], 1))
 def test_another_image_size_resamples_positions(runs, data_dir, kind):
   run = runs("vit", **{"model.positions": kind, "model.patch": "4"})
   source = checkpoints.load_run(run)
@@ -158,7 +159,7 @@ def test_rates_by_depth_are_beits():
     np.testing.assert_allclose(leaf(updates), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tuned", [0, 1, 2])
+@pytest.mark.parametrize("tuned", suite([0, 1, 2], 1))
 def test_only_the_last_blocks_are_tuned(runs, data_dir, tuned):
   """Parameters and gradients before them stay zero changes; the clip norm does not see them."""
   built, taken = build(data_dir, runs("mae"), **{
@@ -172,8 +173,8 @@ def test_only_the_last_blocks_are_tuned(runs, data_dir, tuned):
   ready = built.augment.eval({**batch})
   key = jax.random.key(0)
   loss = lambda p: built.method.loss(stop(p), state.extra, ready, key, 0)[0]  # noqa: E731
-  grads = jax.grad(loss)(state.params)
-  updates, _ = built.tx.update(grads, state.opt, state.params)
+  grads = jax.jit(jax.grad(loss))(state.params)
+  updates, _ = jax.jit(built.tx.update)(grads, state.opt, state.params)
   blocks = updates["transformer"]["blocks"]
   moved = [any(np.any(np.asarray(x[i])) for x in jax.tree.leaves(blocks)) for i in range(2)]
   assert moved == [i >= 2 - tuned for i in range(2)]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from arrays import normal, random_params
 from test_models import NP_ACTIVATIONS, np_dense, np_norm, np_resample
+from tiers import suite
 
 from models import (
   attention,
@@ -104,11 +105,11 @@ def double(params):
 
 # --- Norms, placements, activations, memory -------------------------------------------------------
 
-@pytest.mark.parametrize("fields", [
+@pytest.mark.parametrize("fields", suite([
   {"placement": "post", "cross": True}, {"placement": "sandwich", "norm": "rmsnorm"},
   {"placement": "deepnorm", "cross": True, "causal": True, "scan": True},
   {"placement": "deepnorm", "decoder_depth": 3}, {"norm": "none"}, {"cross": True, "scan": True},
-  *({"activation": name} for name in layers.GATES)], ids=str)
+  *({"activation": name} for name in layers.GATES)], 0, 2, 4, 6, 8, 10), ids=str)
 def test_blocks(fields):
   model, x, memory = Transformer(2, HEADS, 12, **fields), normal(2, L, D), normal(2, 3, D, seed=2)
   kwargs = {}
@@ -148,6 +149,7 @@ def test_deepnorm_scales(fields, alpha, beta):
   np.testing.assert_allclose(blocks.deepnorm(**fields), (alpha, beta), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_deepnorm_at_100_layers():
   """Adam's first step moves its output little, and its gradients are alike from end to end."""
   x, target = normal(4, 6, 16), normal(4, 6, 16, seed=2)
@@ -334,10 +336,10 @@ def test_prefix_mask():
 
 # --- Decoding with a cache ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fields", [
+@pytest.mark.parametrize("fields", suite([
   {"scan": True}, {"positions": "rope", "qk_norm": True}, {"positions": "alibi", "window": 3},
   {"positions": "relative", "scan": True}, {"positions": "buckets", "placement": "post"},
-  {"positions": "rope", "trained": 4}, {"causal": False}], ids=str)
+  {"positions": "rope", "trained": 4}, {"causal": False}], 1, 3), ids=str)
 def test_cached_is_uncached_token_by_token(fields):
   """From a prompt of two tokens, which see each other where attention is not causal."""
   model = Transformer(2, HEADS, 12, cross=True, grid=(L + 1,), **{"causal": True, **fields})
@@ -381,7 +383,7 @@ def test_a_padded_batch_is_its_single_sequences(kind):
 TINY = dict(image_size=(8, 12), channels=3, patch=4, width=16, depth=1, heads=2, mlp_dim=24)
 
 
-@pytest.mark.parametrize("kind", positions.RELATIVE)
+@pytest.mark.parametrize("kind", suite(positions.RELATIVE, 0))
 def test_vit_and_mae_tell_the_transformer_of_places(kind):
   """Patches in another order, told so, give the same; of another grid, as one made for it."""
   model = mae.make(**TINY, positions=kind, decoder_width=8, decoder_depth=1, decoder_heads=2)
@@ -525,6 +527,7 @@ def test_kernels_start_by_the_fans_of_one_matrix(activation):
   np.testing.assert_allclose(bound, (6 / (96 + hidden)) ** 0.5, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_deepnorm_scales_an_encoder_by_the_decoder_that_reads_it():
   """2203.00555 table 1: beta is 0.87 (N^4 M)^-1/16, N = 3 and M = 2; of N alone (8N)^-1/4."""
   def spread(**fields):

@@ -42,12 +42,19 @@ def _items(state: TrainState) -> dict:
           if name in ITEMS and jax.tree.leaves(tree)}
 
 
-@jax.jit
-def digest(tree) -> jax.Array:
+def digest(tree, is_busy: bool = False) -> int:
   """One 32-bit word: the wrapped sum of all bits, however the arrays are split over devices.
 
-  A flipped bit in a stored array is read back without a complaint; this shows it.
+  A flipped bit in a stored array is read back without a complaint; this shows it. The device is not
+  asked where it `is_busy`, nor where its memory is the host's.
   """
+  on_host = all(not isinstance(x, jax.Array) or x.is_fully_addressable and
+                next(iter(x.devices())).platform == "cpu" for x in jax.tree.leaves(tree))
+  return int((_digest_on_host if on_host or is_busy else _digest_on_device)(tree))
+
+
+@jax.jit
+def _digest_on_device(tree) -> jax.Array:
   def words(x):
     if x.dtype == jnp.bool_ or x.dtype.itemsize not in (1, 2, 4):
       return x.astype(jnp.uint32)
@@ -59,8 +66,7 @@ def digest(tree) -> jax.Array:
   return functools.reduce(jnp.add, leaves, jnp.uint32(0))
 
 
-def digest_on_host(tree) -> int:
-  """`digest` without the device: where that is busy for longer than can be waited for."""
+def _digest_on_host(tree) -> int:
   total = 0
   for i, x in enumerate(jax.tree.leaves(tree)):
     x = np.asarray(jax.device_get(x))
@@ -179,8 +185,7 @@ class Checkpoints:
       return
     self.saved_at = time.monotonic()
     facts = {**self.metadata, "step": step, "digests": {
-      name: int((digest_on_host if is_busy else digest)(tree))
-      for name, tree in _items(state).items()}}
+      name: digest(tree, is_busy) for name, tree in _items(state).items()}}
     with self._reporting(step):
       # A folder that cannot be written to fails here: in the manager its threads would hang.
       probe = self.directory / f".probe_{jax.process_index()}"
@@ -223,7 +228,7 @@ class Checkpoints:
         **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}))
       facts = items["metadata"]
       wrong = [name for name in abstract
-               if facts["digests"][name] != int(digest(items[name]))]
+               if facts["digests"][name] != digest(items[name])]
     except Exception as error:  # whatever the storage makes of a file that is not whole
       raise CheckpointError(f"{self.directory / str(step)} is damaged: "
                             f"{first_line(error)[:200]}") from error
