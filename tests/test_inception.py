@@ -49,6 +49,7 @@ def variables(path):
   return inception.load(path)
 
 
+@pytest.mark.slow
 def test_every_block_as_pytorch_fid(variables, recorded):
   x = recorded["images"].astype(np.float32) / 255
   x = 2 * jax.image.resize(x, (2, 299, 299, 3), "linear", antialias=False) - 1

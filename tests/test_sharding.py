@@ -41,7 +41,7 @@ RECIPES = {
 
 
 ALL_AXES = MESHES[-1]
-IN_SUITE = [("vit", ALL_AXES), ("moco_v1", ALL_AXES)]
+IN_SUITE = [("vit", ALL_AXES)]
 PAIRS = [*IN_SUITE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [
   *((name, MESHES[0]) for name in RECIPES), *((name, ALL_AXES) for name in RECIPES),
   *(("vit", mesh) for mesh in MESHES[1:3]), ("moco_v1", MESHES[1]), ("caption", MESHES[2])]
