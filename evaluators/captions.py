@@ -73,10 +73,10 @@ def evaluate(context, split: str | None = None, limit: int | None = None,
 
   Args:
     split: which; None = the evaluation split.
-    limit: how many examples, the first of the split; None = all.
+    limit: how many examples, spread over the split; None = all.
     baselines: of "pixels": the first caption of the nearest training image, by Euclidean distance;
       all training images are held in memory.
-    examples: images that the figure shows, the first of the split; 0 = no figure.
+    examples: images that the figure shows, the first of those; 0 = no figure.
 
   Writes:
     `context.figures / captions_step{step:08d}.png`: images with their captions and, if the method
@@ -101,7 +101,8 @@ def evaluate(context, split: str | None = None, limit: int | None = None,
     found = [context.detokenize(row) for row in train["captions"][place, 0]]
     metrics |= {f"pixels/{name}": value for name, value in score(found, references).items()}
   if examples:
-    _, shown = context.collect("pixels", split, "image", params=None, limit=min(examples, len(ids)))
+    _, shown = context.collect("pixels", split, "image", params=None, limit=limit,
+                               first=min(examples, len(ids)))
     figure = draw(context, shown["image"], ids, captions, references)
     figure.supxlabel(
       f"Step {context.step}, {split}: captions, green if right, else red and what they should be "

@@ -68,12 +68,12 @@ def is_run(facts, field: str, workdir: str, rest: str = ""):
 
 
 def fewest_of_a_class(facts, limit: int | None) -> int:
-  """At most how many of the first `limit` training examples the rarest class has.
+  """At most how many of `limit` training examples the rarest class has.
 
   Exact where the records are in memory; else what many classes must share.
   """
   classes, n = facts.info.num_classes, facts.info.num_examples[facts.train_split]
-  labels = [row["label"] for row in facts.records.get(facts.train_split, ())[:limit]]
+  labels = [row["label"] for row in facts.records(facts.train_split, limit)]
   if labels:
     return int(np.bincount(labels, minlength=classes).min())
   return (n if limit is None else min(n, limit)) // classes

@@ -61,7 +61,7 @@ def evaluate(context, shots: tuple[int, ...] = (5, 10), draws: int = 5, l2: floa
     l2: see `fit`.
     features: name of a prediction that gives one vector an example.
     baselines: of "untrained" (the same network at initialisation) and "pixels".
-    limit: training examples that are used, the first of the split; None = all.
+    limit: training examples that are used, spread over the split; None = all.
 
   Returns:
     {n}shot/top1, the mean over the draws, and {n}shot/top1_std, their standard deviation.

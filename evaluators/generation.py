@@ -55,7 +55,7 @@ def evaluate(context, predictions: tuple[str, ...] = ("sample",), count: int | N
       "inception:FILE": `models.inception`, grey images as coloured ones; or a run directory, whose
       prediction "features" is used, after its own resizing and normalisation.
     k: neighbours that the radii of precision and recall reach to.
-    limit: how many images of either split, the first ones; None = all. They are held in memory.
+    limit: how many images of either split, spread over it; None = all. They are held in memory.
     examples: samples in the figure; 0 = no figure. The first is the one nearest to a training
       image, the last the furthest, and small ranks are the denser.
     neighbours: training images beside each.

@@ -183,11 +183,11 @@ def evaluate(context, figures: tuple[str, ...] | None = None, examples: int = 6,
     figures: names of those; None = all that apply: the first four need a ViT, `positions` one that
       has them, `filters`, `tokens` and `neighbours` any network of images.
     examples: images that are shown, spread over those that are read.
-    images: how many are read, the first of the split; distances and components are over them.
+    images: how many are read, spread over the split; distances and components are over them.
     neighbours: training images beside each.
     features: the prediction whose neighbours they are.
     split: which; None = the evaluation split.
-    limit: training images that neighbours are among, the first of the split; None = all. They are
+    limit: training images that neighbours are among, spread over the split; None = all. They are
       held in memory.
 
   Writes:

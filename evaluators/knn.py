@@ -35,7 +35,7 @@ def per_representation(context, evaluator, score, features, baselines, limit):
     score: (train features, train labels, test features, test labels, classes) -> metrics.
     features: name of a prediction that returns [B, D].
     baselines: of "untrained" (the same network at initialisation) and "pixels".
-    limit: how many training examples to use, the first of the split; None is all.
+    limit: how many training examples to use, spread over the split; None is all.
 
   Returns:
     Metrics; a baseline's begin with "untrained/" or "pixels/".
@@ -106,7 +106,7 @@ def evaluate(context, k: int = 20, temperature: float = 0.07, features: str = "f
     temperature: of their votes, above 0.
     features: name of a prediction that gives one vector an example.
     baselines: of "untrained" (the same network at initialisation) and "pixels".
-    limit: training examples that are used, the first of the split; None = all.
+    limit: training examples that are used, spread over the split; None = all.
 
   Raises:
     ValueError: k or temperature out of range, an unknown baseline, data without labels.

@@ -80,7 +80,7 @@ def evaluate(context, features: str = "features", l2: tuple[float, ...] = (1e-1,
     tolerance: norm of the gradient at which it stops.
     holdout: share of the training split that l2 is chosen by, in (0, 1).
     baselines: of "untrained" (the same network at initialisation) and "pixels".
-    limit: training examples that are used, the first of the split; None = all.
+    limit: training examples that are used, spread over the split; None = all.
 
   Returns:
     top1, top5 and the chosen l2, for the features and each baseline.

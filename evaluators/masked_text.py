@@ -53,9 +53,9 @@ def evaluate(context, split: str | None = None, limit: int | None = None,
 
   Args:
     split: which; None = the evaluation split.
-    limit: how many texts, the first of the split; None = all.
+    limit: how many texts, spread over the split; None = all.
     baselines: of "unigram": what the counts of tokens in the training split tell.
-    examples: texts that the figure shows, the first of the split; 0 = no figure.
+    examples: texts that the figure shows, the first of those; 0 = no figure.
 
   Writes:
     `context.figures / masked_text_step{step:08d}.png`: texts and what was told of them.

@@ -53,7 +53,7 @@ def evaluate(context, examples: int = 8, prediction: str = "reconstruct",
   """
   ranges("reconstruction", examples, ratios)
   pixels, batch = context.collect(
-      "pixels", context.eval_split, "image", params=None, limit=examples)
+      "pixels", context.eval_split, "image", params=None, first=examples)
   images = pixels.reshape(batch["image"].shape)  # b h w c
   out = context.predict(prediction, {"image": images}, jax.random.key(context.seed))
   original = context.to_pixels(images)

@@ -135,7 +135,7 @@ def evaluate(context, split: str | None = None, ks: tuple[int, ...] = (1, 5, 10)
   Args:
     split: which; None = the evaluation split.
     ks: the numbers k; ties count as `recall` says.
-    limit: how many examples, the first of the split; None = all.
+    limit: how many examples, spread over the split; None = all.
     unique: a regular expression: captions in which it matches the same beginning are one text,
       right for all images that have one of them, with the mean of their embeddings. ".*" merges
       equal captions; "[^,]*" what is equal up to a comma, so that of glyphs each name is one text
@@ -168,7 +168,8 @@ def evaluate(context, split: str | None = None, ks: tuple[int, ...] = (1, 5, 10)
     shown = np.unique(text[image < gallery])  # t
     right = np.zeros((gallery, len(shown)), bool)
     right[image[image < gallery], np.searchsorted(shown, text[image < gallery])] = True
-    pixels, batch = context.collect("pixels", split, "image", params=None, limit=gallery)
+    pixels, batch = context.collect("pixels", split, "image", params=None, limit=limit,
+                                    first=gallery)
     pixels = context.to_pixels(pixels.reshape(batch["image"].shape))  # g h w c
     draw(context, split, images[:gallery] @ texts[shown].T, right,
          pixels, [strings[t] for t in shown], examples)

@@ -106,7 +106,7 @@ def on_the_way(context, prediction: str, labels, names: list | None, scale: floa
 
 def image_shape(context) -> tuple[int, int, int]:
   """(h, w, c) of the images that the network sees."""
-  _, batch = context.collect("pixels", context.train_split, "image", params=None, limit=1)
+  _, batch = context.collect("pixels", context.train_split, "image", params=None, first=1)
   return batch["image"].shape[1:]
 
 

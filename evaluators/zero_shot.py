@@ -116,7 +116,7 @@ def evaluate(context, classes: str | tuple[str, ...] | None = None,
   ks = (1, 5) if len(names) > 5 else (1,)
   hits = retrieval.recall(images, embeddings, (np.arange(len(images)), batch["label"]), ks)
   if examples:
-    pixels, shown = context.collect("pixels", split, "image", "label", params=None, limit=examples)
+    pixels, shown = context.collect("pixels", split, "image", "label", params=None, first=examples)
     pixels = context.to_pixels(pixels.reshape(shown["image"].shape))  # b h w c
     p = classify(images[:examples], embeddings, context.predict("logit_scale", {}))
     figure = sheet(pixels, shown["label"], p, names)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-SHUFFLE, CROP, CROP_2, CAPTION, PERMUTE = range(5)  # the purposes of randomness
+SHUFFLE, CROP, CROP_2, CAPTION, PERMUTE, SPREAD = range(6)  # the purposes of randomness
 
 
 def generator(seed: int, purpose: int, index: int) -> np.random.Generator:
@@ -53,6 +53,14 @@ def derangement(n: int, seed: int) -> np.ndarray:
   result = np.empty(n, int)
   result[order] = np.roll(order, 1)
   return result
+
+
+def spread(n: int, limit: int) -> np.ndarray:
+  """`limit` of n examples, by chance but for every run the same, in their order.
+
+  The first of a sorted split would be of its first classes alone.
+  """
+  return np.sort(generator(0, SPREAD, n).choice(n, min(limit, n), replace=False, shuffle=False))
 
 
 def find_favourites(captions: Iterable[tuple[str, ...]], pattern: str, share: float) -> np.ndarray:

@@ -33,8 +33,9 @@ class Data(NamedTuple):
   """
   info: Info
   train: Callable  # (start, stop, rows=None) -> iterator over the batches start .. stop - 1
-  eval: Callable  # (split=None, batch_size, rows=None) -> iterator, each example once, in order;
-  #                 "valid" (b,) is False on bad records and on rows that fill up the last batch
+  eval: Callable  # (split=None, batch_size, rows=None, limit=None) -> iterator, each example once,
+  #                 in order, or `limit` of them, spread over the split; "valid" (b,) is False on
+  #                 bad records and on rows that fill up the last batch
   spec: dict[str, jax.ShapeDtypeStruct]  # of the global training batch
   train_split: str
   eval_split: str | None
@@ -138,7 +139,8 @@ class Reader:
     return self.read(self.train_split, range(start, stop), self.batch_size, rows, self.pick,
                      is_train=True)
 
-  def eval(self, split: str | None = None, batch_size: int | None = None, rows=None):
+  def eval(self, split: str | None = None, batch_size: int | None = None, rows=None,
+           limit: int | None = None):
     split = self.eval_split if split is None else split
     if split is None:
       raise ValueError(f"{self.source!r} has no split test or val to evaluate on, but "
@@ -148,8 +150,16 @@ class Reader:
     check_split("split", split, self.splits)
     check_least("batch_size", batch_size, 1)
     count = self.info.num_examples[split]
-    return self.read(split, range(-(-count // batch_size)), batch_size, rows,
-                     lambda position: np.where(position < count, position, 0), is_train=False)
+    if limit is None or limit >= count:
+      return self.read(split, range(-(-count // batch_size)), batch_size, rows,
+                       lambda position: np.where(position < count, position, 0), is_train=False)
+    check_least("limit", limit, 1)
+    chosen = order.spread(count, limit)
+    rows = np.arange(batch_size)[slice(None) if rows is None else rows]
+    batches = self.read(split, range(-(-limit // batch_size)), batch_size, rows,
+                        lambda position: chosen[np.minimum(position, limit - 1)], is_train=False)
+    return ({**batch, "valid": batch["valid"] & (number * batch_size + rows < limit)}
+            for number, batch in enumerate(batches))
 
   def moves(self, is_train: bool) -> bool:
     """Whether anything but whole images, as large as they are, may be seen."""

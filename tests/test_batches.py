@@ -49,6 +49,23 @@ def numbers(batch):
 
 
 @pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_a_part_of_a_split_is_spread_over_it(folders, cache_bytes):
+  """It was the first of it: of one class, where a split is sorted by class."""
+  data = uniform(folders, cache_bytes=cache_bytes)
+  found = {limit: [number for b in data.eval("test", 4, limit=limit)
+                   for number, valid in zip(numbers(b), b["valid"]) if valid]
+           for limit in (7, N, 99)}
+  whole = [i for c in range(3) for i in range(N) if i % 3 == c]  # a folder's order is by class
+  assert found[N] == found[99] == whole
+  places = [whole.index(number) for number in found[7]]
+  assert len(places) == 7 and places == sorted(set(places)) != [*range(7)]
+  assert {number % 3 for number in found[7]} == {0, 1, 2}
+  halves = [[b["image"] for b in data.eval("test", 4, rows, 7)] for rows in ([0, 1], [2, 3])]
+  together = [b["image"] for b in data.eval("test", 4, limit=7)]
+  np.testing.assert_array_equal([np.concatenate(pair) for pair in zip(*halves)], together)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
 def test_every_epoch_holds_every_example_once_in_its_own_order(folders, cache_bytes):
   data = uniform(folders, cache_bytes=cache_bytes)
   stream = sum((numbers(b) for b in data.train(0, N)), [])  # five epochs, across borders

@@ -345,7 +345,7 @@ def test_evaluator_counts_chosen_tokens_and_draws_them(tmp_path):
          "likelihood": np.log([[0.5, 1e-9], [0.25, 0.5]])}
   own = np.isin(ids, [ord(c) for c in "abc"])
 
-  def collect(name, split, *keys, params="trained", limit=None):
+  def collect(name, split, *keys, params="trained", limit=None, first=None):
     return {"masked": out, "own_tokens": own}[name], {"text": ids}
 
   context = SimpleNamespace(collect=collect, detokenize=tokenizer.decode, eval_split="test",

@@ -249,10 +249,10 @@ def fake_context(tmp_path, found, references, nearest):
     "train": {"image": bank,
               "captions": tokenize([f"{'abcdefgh'[i]} big old thing" for i in range(8)])[:, None]}}
 
-  def collect(name, split, *keys, params="trained", limit=None):
+  def collect(name, split, *keys, params="trained", limit=None, first=None):
     batch = batches[split]
     out = tokenize(found) if name == "caption" else batch["image"].reshape(len(batch["image"]), -1)
-    return out[:limit], {key: batch[key][:limit] for key in keys}
+    return out[:limit][:first], {key: batch[key][:limit][:first] for key in keys}
 
   def predict(name, batch):
     assert name == "cross_attention"

@@ -31,9 +31,9 @@ class FakeContext(NamedTuple):
   seed: int = 0
   reconstruct: Any = None
 
-  def collect(self, name, split, *keys, params="trained", limit=None):
+  def collect(self, name, split, *keys, params="trained", limit=None, first=None):
     out = self.outputs[name, params, split]
-    return out[:limit], {key: self.batches[split][key][:limit] for key in keys}
+    return out[:limit][:first], {key: self.batches[split][key][:limit][:first] for key in keys}
 
   def predict(self, name, batch, rng=None):
     assert name == "reconstruct" and rng is not None

@@ -40,11 +40,12 @@ class Context(NamedTuple):
   def to_pixels(self, image):
     return image / 4 + 0.5
 
-  def collect(self, name, split, *keys, params="trained", limit=None):
+  def collect(self, name, split, *keys, params="trained", limit=None, first=None):
     assert params is None
     image = ((self.images[split] / 255 - 0.5) * 4).astype(np.float32)
     batch = {"image": image} | ({"label": self.labels(split)} if self.classes else {})
-    return image.reshape(len(image), -1)[:limit], {key: batch[key][:limit] for key in keys}
+    pixels = image.reshape(len(image), -1)
+    return pixels[:limit][:first], {key: batch[key][:limit][:first] for key in keys}
 
   def predict(self, name, batch, rng):
     assert ("label" in batch) == bool(self.classes) and rng is not None

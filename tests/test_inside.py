@@ -161,8 +161,8 @@ def make_context(tmp_path, model, size=(8, 12), n=12, classes=3):
   def predict(name, batch, rng=None):
     return jax.tree.map(np.asarray, compiled[name](params, extra, batch, rng))
 
-  def collect(name, split, *keys, params="trained", limit=None):
-    batch = {key: x[:limit] for key, x in data[split].items()}
+  def collect(name, split, *keys, params="trained", limit=None, first=None):
+    batch = {key: x[:limit][:first] for key, x in data[split].items()}
     out = batch["image"].reshape(len(batch["image"]), -1) if name == "pixels" else predict(
       name, {"image": batch["image"]})
     return out, {key: batch[key] for key in keys}

@@ -55,10 +55,10 @@ def fake_context(tmp_path, captions, noise, seed=0, channels=1, **fields):
            "image": rng.normal(size=(n, 6, 6, channels)).astype(np.float32)}
   sizes = []
 
-  def collect(name, split, *keys, params="trained", limit=None):
+  def collect(name, split, *keys, params="trained", limit=None, first=None):
     assert split == "val" and {"embed_image": "trained", "pixels": None}[name] == params
     out = images if name == "embed_image" else batch["image"].reshape(n, -1)
-    return out[:limit], {key: batch[key][:limit] for key in keys}
+    return out[:limit][:first], {key: batch[key][:limit][:first] for key in keys}
 
   def predict(name, inputs):
     assert name == "embed_text"

@@ -33,10 +33,10 @@ def fake_context(tmp_path, n=60, noise=0.4, channels=1, embeddings=None, **field
   images = images.astype(np.float32) if embeddings is None else embeddings(n)
   batch = {"label": labels, "image": rng.normal(size=(n, 6, 6, channels)).astype(np.float32)}
 
-  def collect(name, split, *keys, params="trained", limit=None):
+  def collect(name, split, *keys, params="trained", limit=None, first=None):
     assert split == "val" and {"embed_image": "trained", "pixels": None}[name] == params
     out = images if name == "embed_image" else batch["image"].reshape(n, -1)
-    return out[:limit], {key: batch[key][:limit] for key in keys}
+    return out[:limit][:first], {key: batch[key][:limit][:first] for key in keys}
 
   def predict(name, inputs):
     if name == "logit_scale":

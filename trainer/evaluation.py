@@ -15,7 +15,8 @@ from trainer.state import make_init, make_predict, with_statistics
 class Context(NamedTuple):
   """What an evaluator gets: predictions, facts of the data, a place for figures."""
 
-  collect: Callable  # (name, split, *keys, params="trained", limit=None) -> (outputs, {key: array})
+  # (name, split, *keys, params="trained", limit=None, first=None) -> (outputs, {key: array})
+  collect: Callable
   predict: Callable  # (name, batch, rng=None) -> NumPy outputs for one batch of ready images
   predictions: frozenset[str]  # the names there are
   info: Any  # input_pipeline.records.Info
@@ -52,13 +53,17 @@ def make_collect(recipe, weights: Mapping[str, Callable]) -> Callable:
       return out, {key: batch[key] for key in (*keys, "valid")}
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 
-  def collect(name, split, *keys, params="trained", limit=None):
-    """Prediction `name` over the first `limit` examples of a split, in order, each once."""
+  def collect(name, split, *keys, params="trained", limit=None, first=None):
+    """Prediction `name` over a split, in order, each example once.
+
+    `limit`: over so many of them, spread over the split; `first`: over the first of these alone.
+    """
+    most = min((n for n in (limit, first) if n is not None), default=None)
     if name != "pixels" and name not in method.predict:
       raise ValueError(f"no prediction {name!r}: {fields.nearest(name, sorted(method.predict))}")
     variables = weights[params]() if params else ({}, {})
     rows, parts, count = sharding.local_rows(batch_size, mesh), [], 0
-    for index, batch in enumerate(recipe.data.eval(split, batch_size, rows)):
+    for index, batch in enumerate(recipe.data.eval(split, batch_size, rows, limit)):
       missing = [key for key in keys if key not in batch]
       if missing:
         raise ValueError(f"the data has no {missing[0]!r}; it has {', '.join(sorted(batch))}")
@@ -68,9 +73,9 @@ def make_collect(recipe, weights: Mapping[str, Callable]) -> Callable:
       valid = kept.pop("valid")
       parts.append(jax.tree.map(lambda x, valid=valid: x[valid], (out, kept)))
       count += int(valid.sum())
-      if limit and count >= limit:
+      if most is not None and count >= most:
         break
-    return jax.tree.map(lambda *x: np.concatenate(x)[:limit], *parts)
+    return jax.tree.map(lambda *x: np.concatenate(x)[:most], *parts)
 
   return collect
 

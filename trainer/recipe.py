@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs.base import get_base
-from input_pipeline import batches, geometry, kinds
+from input_pipeline import batches, geometry, kinds, order
 from input_pipeline.records import image_features
 from trainer import fields, networks, optimizer, schedule, sharding, store
 from trainer.config import UNITS, in_steps, steps
@@ -241,7 +241,7 @@ class Facts(NamedTuple):
   info: Any  # input_pipeline.records.Info
   train_split: str
   eval_split: str | None
-  records: Mapping  # split -> its records, of those that are in memory
+  records: Callable  # (split, limit=None) -> what `collect` goes over; () where not in memory
   detokenize: Callable | None  # None where the data has no text
 
 
@@ -249,8 +249,12 @@ def facts_of(method, data, opened) -> Facts | None:
   """Facts of what is to be evaluated on `data`; None where it only stands in for a data set."""
   if data.eval is None:
     return None
-  records = {name: split for name, split in getattr(opened, "splits", {}).items()
-             if isinstance(split, list)}
+  def records(split, limit=None):
+    rows = getattr(opened, "splits", {}).get(split)
+    if not isinstance(rows, list):
+      return ()
+    return rows if limit is None else [rows[i] for i in order.spread(len(rows), limit)]
+
   return Facts("", frozenset(method.predict), data.info, data.train_split, data.eval_split,
                records, data.tokenizer and data.tokenizer.decode)
 
