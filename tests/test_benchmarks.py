@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic on made-up numbers, and that the other side does the same work."""
 
+import ast
 import io
 import json
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import ablations, compare, results, sampling, scaling, train_step, worker
+from benchmarks import ablations, compare, mutants, results, sampling, scaling, train_step, worker
 from configs.vit import get_config
 from trainer import loop, recipe
 
@@ -216,3 +217,23 @@ def test_ablations_keep_the_shape_of_the_recipe_and_of_the_table(monkeypatch, tm
   (tmp_path / "README.md").write_text("before\n<!-- end of ablations -->\n<!-- ablations -->\n")
   with pytest.raises(ValueError, match="no <!-- ablations --> with an <!-- end of ablations -->"):
     ablations.main()
+
+
+def test_a_mutant_is_one_change_that_compiles():
+  drawn = mutants.draw(40, 0)
+  assert drawn == mutants.draw(40, 0) != mutants.draw(40, 1) and len(set(drawn)) == 40
+  assert {m.path.split("/")[0] for m in drawn} == set(mutants.PACKAGES)
+  assert {m.kind for m in drawn} == {"operator", "sign", "axis", "constant", "dropped"}
+  for mutant in drawn:
+    source = (mutants.ROOT / mutant.path).read_bytes()
+    assert source[mutant.start:mutant.stop].decode() == mutant.old
+    assert source[:mutant.start].count(b"\n") <= mutant.line + mutant.old.count("\n") + 3
+    changed = source[:mutant.start] + mutant.new.encode() + source[mutant.stop:]
+    assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), mutant
+
+
+def test_a_mutant_is_seen_by_the_first_test_that_fails(tmp_path):
+  (tmp_path / "test_a.py").write_text("def test_one():\n  assert True\n")
+  (tmp_path / "test_b.py").write_text("def test_two():\n  assert False\n")
+  assert mutants.seen_by(tmp_path, ["test_a.py"], []) is None
+  assert mutants.seen_by(tmp_path, ["test_a.py", "test_b.py"], []) == "test_b.py::test_two"
