@@ -8,7 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import ablations, compare, mutants, results, sampling, scaling, train_step, worker
+from benchmarks import (
+  ablations,
+  bad_inputs,
+  compare,
+  mutants,
+  results,
+  sampling,
+  scaling,
+  train_step,
+  worker,
+)
 from configs.vit import get_config
 from trainer import loop, recipe
 
@@ -237,3 +247,22 @@ def test_a_mutant_is_seen_by_the_first_test_that_fails(tmp_path):
   (tmp_path / "test_b.py").write_text("def test_two():\n  assert False\n")
   assert mutants.seen_by(tmp_path, ["test_a.py"], []) is None
   assert mutants.seen_by(tmp_path, ["test_a.py", "test_b.py"], []) == "test_b.py::test_two"
+
+
+def test_bad_inputs_are_of_many_kinds():
+  cases = bad_inputs.cases()
+  assert len({(case.kind, case.name) for case in cases}) == len(cases) >= 60
+  assert len({case.kind for case in cases}) >= 10
+  row = dict(kind="disk", name="a|b", status=1, said="error: " + "x" * 300, left="no run")
+  assert bad_inputs.table([row]).splitlines()[2] == (
+    "| disk | a\\|b | 1 | error: " + "x" * 190 + "... | no run |")
+
+
+@pytest.mark.slow
+def test_a_bad_input_is_judged_by_what_is_said_and_left():
+  case = bad_inputs.field("model.dept=3", "did you mean 'depth'")
+  right = bad_inputs.judge(case)
+  assert right["wrong"] == [] and right["status"] == 1 and right["left"] == "no run"
+  assert right["said"].startswith("error: config.model.dept: unknown field")
+  wrong = bad_inputs.judge(case._replace(status=0, says="width", left="steps 6"))["wrong"]
+  assert wrong == ["status 1, not 0", "does not say 'width'", "left no run, not steps 6"]

@@ -291,6 +291,16 @@ def test_sigterm_is_heard_where_python_does_not_run(where, says, images, tmp_pat
     assert run(tmp_path / "run", images) == 0  # the dead process's lease is no hindrance
 
 
+def test_what_cannot_be_a_run_directory_is_named(smoke_run, data_dir, tmp_path, capsys):
+  broken = shutil.copytree(smoke_run("vit"), tmp_path / "run")
+  (broken / "config.json").write_text("{")
+  (tmp_path / "file").write_text("")
+  for workdir, said in ((broken, "run/config.json can not be read: "), (
+      tmp_path / "file", "file is a file: a run needs a folder of its own")):
+    assert train.main([f"--config={SMOKE}", f"--data_dir={data_dir}", f"--workdir={workdir}"]) == 1
+    assert said in capsys.readouterr().err
+
+
 # --- One writer -----------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -132,6 +132,15 @@ def override(config: ConfigDict, key: str, text: str):
     node[leaf] = ConfigDict(value) if isinstance(value, dict) else value
 
 
+def read_json(path) -> dict:
+  """What a file of a run directory says. Raises ValueError, with its name, where it is no JSON."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} can not be read: {error}. It is written once, at a run's start: put "
+                     "a copy in its place, or take another --workdir") from error
+
+
 def hold_out(config: ConfigDict, workdir) -> ConfigDict:
   """The config with the share of a folder of images that the run in `workdir` evaluates on.
 
@@ -143,8 +152,7 @@ def hold_out(config: ConfigDict, workdir) -> ConfigDict:
       or "[" in str(data.get("train_split")) or not str(data.get("source")).startswith("folder:")):
     return config
   path, config = epath.Path(workdir) / "config.json", ConfigDict(config.to_dict())
-  began = json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {
-    "held_out": HELD_OUT}
+  began = read_json(path)["data"] if path.exists() else {"held_out": HELD_OUT}
   config.data.held_out = began.get("held_out")
   return config
 

@@ -192,6 +192,8 @@ def hold(workdir: Path) -> Iterator[Lease | None]:
   lease, refused = None, "process 0 was refused the run directory"
   if jax.process_index() == 0:
     try:
+      if workdir.is_file():
+        raise InUse(f"--workdir={workdir} is a file: a run needs a folder of its own")
       workdir.mkdir(parents=True, exist_ok=True)
       lease = Lease(workdir)
     except (InUse, OSError) as error:

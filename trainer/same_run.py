@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from trainer import fields, recipe, store
+from trainer.config import read_json
 
 # Fields that do not change what is computed: a run may be continued with others. Of data.on_error:
 # what reads with "raise" comes to a bad record and stops, in memory before the first step and
@@ -39,7 +40,7 @@ def check_same_run(workdir: Path, config: dict, built=None):
       workdir.mkdir(parents=True, exist_ok=True)
       write(path, json.dumps(config, indent=2) + "\n")
     return
-  stored = json.loads(path.read_text(encoding="utf-8"))
+  stored = read_json(path)
   then, free, done = recipe.plain(store.load_config(workdir)), FREE, store.newest(workdir)
   if done:
     free = (*free, "data.source", "init")

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from configs.base import get_base
 from input_pipeline.records import Feature
 from trainer import sharding
+from trainer.config import read_json
 from trainer.logging import read_metrics
 from trainer.state import TrainState
 
@@ -294,7 +295,7 @@ def data_facts(info) -> str:
 def _data_said(workdir) -> dict:
   """What a run directory says of its data; {} where older code kept nothing."""
   path = epath.Path(workdir) / DATA
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  return read_json(path) if path.exists() else {}
 
 
 def load_fingerprint(workdir) -> str | None:
@@ -319,7 +320,7 @@ def load_config(workdir) -> ConfigDict:
   if not path.exists():
     raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
   defaults = get_base().to_dict()
-  config = {**defaults, **json.loads(path.read_text(encoding="utf-8"))}
+  config = {**defaults, **read_json(path)}
   if config["augment"].get("crop_area") and "eval_crop" not in config["augment"]:
     config["augment"]["eval_crop"] = 0.875  # what went with random crops, before it was a field
   if str(config["data"].get("source")).startswith("lines:"):  # texts had a black pixel once
