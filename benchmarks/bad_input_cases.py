@@ -205,10 +205,10 @@ WEIGHTS = [
                                               f"--to={folder}/new"], program="convert.py")),
 ]
 EVENTS = [
-  Case("signal", "SIGTERM in training", (), "stopped by SIGTERM after step", plain, STOPPED,
-       r"steps [\d, ]+", signalled(signal.SIGTERM, has_step)),
-  Case("signal", "SIGINT in training", (), "stopped by SIGINT after step", plain, STOPPED,
-       r"steps [\d, ]+", signalled(signal.SIGINT, has_step)),
+  Case("signal", "SIGTERM in training", (), "stopped by SIGTERM (after|in the evaluation at) step",
+       plain, STOPPED, r"steps [\d, ]+", signalled(signal.SIGTERM, has_step)),
+  Case("signal", "SIGINT in training", (), "stopped by SIGINT (after|in the evaluation at) step",
+       plain, STOPPED, r"steps [\d, ]+", signalled(signal.SIGINT, has_step)),
   Case("signal", "both at once", (), "stopped by SIG", plain, STOPPED, r"steps [\d, ]+", twice),
   Case("signal", "SIGTERM before the first step", (), "stopped by SIGTERM", plain, STOPPED,
        "no run|no checkpoint|steps [0-9]+",
@@ -236,8 +236,8 @@ COMMANDS = [
     "evaluate.py", "--workdir=nowhere")),
   Case("evaluate.py", "an evaluation that cannot be", (), "evals.knn.k=0", trained, 1, "steps .*",
        other_program("evaluate.py", "--workdir={}/run", "--config.evals.knn.k=0")),
-  Case("evaluate.py", "no such images", (), "no such file", trained, 1, "steps .*", other_program(
-    "evaluate.py", "--workdir={}/run", "--images={}/*.gif")),
+  Case("evaluate.py", "no such images", (), "no such file|needs a run on images", trained, 1, "steps .*", other_program(
+    "evaluate.py", "--workdir={}/run", "--images={}/*.gif", "--zero_shot.classes=a,b")),
   Case("evaluate.py", "a class that the run has not", (), "did you mean 'red'", renamed, 1,
        "steps .*", other_program("evaluate.py", "--workdir={}/run")),
   Case("evaluate.py", "words for a run that has none", (), "embed_text|texts|zero", trained, 1,

@@ -164,6 +164,7 @@ def two_at_once(folder, _):
   first = run(folder, ["--config.total_steps=400"], wait=False)
   wait_for(first, lambda: (folder / "run" / "in_use.json").exists())
   second = run(folder, ["--config.total_steps=400"])
+  wait_for(first, lambda: has_step(folder / "run"))
   first.send_signal(signal.SIGTERM)
   assert finished(first).returncode == STOPPED
   return second

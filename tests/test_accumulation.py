@@ -38,7 +38,9 @@ def batch_of(n: int):
 
 
 def stepper(name: str, accumulate: int, n: int = 16):
-  method, tx = methods(n // accumulate)[name](), optax.sgd(0.1)
+  # A step as long as 1 at most, so that 1e-5 of a parameter is 1e-5 of the gradient's norm.
+  method = methods(n // accumulate)[name]()
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
   spec = jax.eval_shape(lambda: batch_of(n))
   init = make_init(method, tx, lambda batch: batch, spec, 0, with_ema=False)
   return init, make_step(method, tx, lambda rng, batch: batch, seed=0, accumulate=accumulate)
