@@ -96,9 +96,14 @@ def train(args, overrides: dict[str, str], command: str, signals) -> int:
   return 0
 
 
-def hear_no_closed_loop(unraisable):
-  """Passes over what threads that wrote a checkpoint to a full disk say by the score."""
-  if str(unraisable.exc_value) != "Event loop is closed":
+# What threads of the storage say by the score, after their error was told: of writing to a full
+# disk, of reading a file that is cut short.
+TOLD = ("Event loop is closed", "Encountered error while reading array index")
+
+
+def hear_what_is_new(unraisable):
+  """Passes over what is TOLD."""
+  if not str(unraisable.exc_value).startswith(TOLD):
     sys.__unraisablehook__(unraisable)
 
 
@@ -118,5 +123,5 @@ if __name__ == "__main__":
   environment.keep_memory()
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors="backslashreplace")  # a name must not end a run, in no locale
-  sys.unraisablehook = hear_no_closed_loop
+  sys.unraisablehook = hear_what_is_new
   leave(main())

@@ -236,7 +236,8 @@ COMMANDS = [
     "evaluate.py", "--workdir=nowhere")),
   Case("evaluate.py", "an evaluation that cannot be", (), "evals.knn.k=0", trained, 1, "steps .*",
        other_program("evaluate.py", "--workdir={}/run", "--config.evals.knn.k=0")),
-  Case("evaluate.py", "no such images", (), "no such file|needs a run on images", trained, 1, "steps .*", other_program(
+  Case("evaluate.py", "no such images", (), "no such file|needs a run on images", trained, 1,
+       "steps .*", other_program(
     "evaluate.py", "--workdir={}/run", "--images={}/*.gif", "--zero_shot.classes=a,b")),
   Case("evaluate.py", "a class that the run has not", (), "did you mean 'red'", renamed, 1,
        "steps .*", other_program("evaluate.py", "--workdir={}/run")),

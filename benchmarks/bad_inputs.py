@@ -241,7 +241,8 @@ def judge(case: Case) -> dict:
     if not re.fullmatch(case.left, left):
       wrong.append(f"left {left}, not {case.left}")
     return dict(kind=case.kind, name=case.name, status=done.returncode,
-                said=said.replace(path, "DIR"), left=left, wrong=wrong)
+                said=re.sub(r"process \d+ on \S+ since \S+ [\d:]+", "process PID on HOST since TIME",
+                            said.replace(path, "DIR")), left=left, wrong=wrong)
 
 
 def table(rows: list[dict]) -> str:

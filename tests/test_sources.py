@@ -102,7 +102,7 @@ def test_metadata_gathers_captions_and_sorts_labels(tmp_path, labels, classes):
   ("file_name,text\nlink.png,x", "leads out of"),
   ("file_name,caption\na.png,x", "line 1: needs .* a column 'label' or 'text'.*caption"),
   ("name,text\na.png,x", "line 1: needs a column 'file_name'.*has: 'name', 'text'"),
-  ("file_name,text\n", "no images in"),
+  ("file_name,text\n", "metadata.csv has no row of use"),
   ('file_name,text\na.png,x\na.png,"y\n', "from line 3 on: not readable as csv"),
 ])
 def test_bad_metadata_is_named(tmp_path, content, match):

@@ -103,7 +103,8 @@ def first_line(error: Exception) -> str:
   """An error in few words: what storage says of a disk is long, and says this at its end."""
   said = str(error) or type(error).__name__
   of_disk = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
-  return next((words for words in of_disk if words in said), said.splitlines()[0])
+  line = said.splitlines()[0].partition(". See full TensorStore details")[0]
+  return next((words for words in of_disk if words in said), line)
 
 
 class _Preserve:

@@ -114,6 +114,8 @@ def _read_split(tree: folders.Tree, folder: str, on_error: str, extensions: tupl
     if len(metadata) > 1:
       raise ValueError(f"{path} has both {' and '.join(metadata)}: keep one")
     rows = read_metadata(os.path.join(folder, metadata[0]), tree, on_error)
+    if not rows:
+      raise ValueError(f"{os.path.join(path, metadata[0])} has no row of use: each names an image")
   elif classes := [name for name, is_dir in entries.items() if is_dir]:
     if any(name.lower().endswith(extensions) for name in entries if not entries[name]):
       raise ValueError(f"{path} has images beside sub-folders: which class are they?")
