@@ -240,9 +240,9 @@ def judge(case: Case) -> dict:
       wrong.append("a traceback")
     if not re.fullmatch(case.left, left):
       wrong.append(f"left {left}, not {case.left}")
+    said = re.sub(r"process \d+ on \S+ since \S+ [\d:]+", "process PID on HOST since TIME", said)
     return dict(kind=case.kind, name=case.name, status=done.returncode,
-                said=re.sub(r"process \d+ on \S+ since \S+ [\d:]+", "process PID on HOST since TIME",
-                            said.replace(path, "DIR")), left=left, wrong=wrong)
+                said=said.replace(path, "DIR"), left=left, wrong=wrong)
 
 
 def table(rows: list[dict]) -> str:
