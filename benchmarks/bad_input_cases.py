@@ -13,6 +13,7 @@ from benchmarks.bad_inputs import (
   cut_jpeg,
   damaged,
   field,
+  finished,
   has_step,
   on_disk,
   other_program,
@@ -24,6 +25,7 @@ from benchmarks.bad_inputs import (
   signalled,
   trained,
   two_at_once,
+  wait_for,
 )
 
 STREAM = "--config.data.cache_bytes=0"
@@ -98,7 +100,6 @@ def names_of(*classes):
 def twice(folder, _):
   """A run that is stopped at once, by a second signal."""
   process = run(folder, ["--config.total_steps=2000"], wait=False)
-  from benchmarks.bad_inputs import finished, wait_for
   wait_for(process, lambda: has_step(folder / "run"))
   process.send_signal(signal.SIGINT)
   process.send_signal(signal.SIGTERM)
@@ -197,12 +198,10 @@ WEIGHTS = [
   Case("weights", "of another width", ("--config.init.run={}/source", "--config.model.width=64"),
        "does not fit|width|mlp|shape", weights_of_other_shape),
   Case("weights", "a pickle that would write a file", (), "", put(
-    "bomb.pth", pickle.dumps({"state_dict": Bomb()})), command=lambda folder, _: run(
-      folder, [f"--from={folder}/bomb.pth", f"--to={folder}/new"], program="convert.py"),
-       status=1),
+    "bomb.pth", pickle.dumps({"state_dict": Bomb()})), command=other_program(
+      "convert.py", "--from={}/bomb.pth", "--to={}/new")),
   Case("weights", "safetensors cut short", (), "", put("w.safetensors", b"\x10" * 40),
-       command=lambda folder, _: run(folder, [f"--from={folder}/w.safetensors",
-                                              f"--to={folder}/new"], program="convert.py")),
+       command=other_program("convert.py", "--from={}/w.safetensors", "--to={}/new")),
 ]
 EVENTS = [
   Case("signal", "SIGTERM in training", (), "stopped by SIGTERM (after|in the evaluation at) step",

@@ -222,11 +222,6 @@ def wait_for_step(workdir, step, process):
     time.sleep(0.02)
 
 
-def curve(workdir):
-  return [{k: v for k, v in row.items() if k != "time" and "per_second" not in k}
-          for row in read_metrics(workdir)]
-
-
 KILLED = ["--config.total_steps=60", "--config.eval_every_steps=20", "--config.log_every_steps=1",
           "--config.checkpoint.every_steps=7", "--config.ema_decay=0.9"]
 
@@ -241,7 +236,7 @@ def unbroken(tmp_path_factory):
 
 
 def same_run(a, b):
-  assert curve(a) == curve(b)
+  assert runs.curve(a) == runs.curve(b)
   stores = [checkpoints.Checkpoints(x, read_only=True) for x in (a, b)]
   assert stores[0].steps()[-1] == stores[1].steps()[-1] == 60
   trees = [store.manager.restore(60, args=None) for store in stores]

@@ -35,7 +35,7 @@ jitted = functools.lru_cache(jax.jit)
 
 def sample(method, params, batch, name="sample", seed=3, **more):
   return np.asarray(jitted(method.predict[name])(params, {}, {**batch, **more},
-                                                  jax.random.key(seed)))
+                                                 jax.random.key(seed)))
 
 
 def test_guidance_0_is_unconditional_and_1_conditional_bit_for_bit():

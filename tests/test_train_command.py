@@ -8,6 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from runs import curve
 from tiers import suite
 
 import evaluate
@@ -38,12 +39,6 @@ def finished(request, smoke_run, tmp_path_factory):
   """(config, a copy of its run)."""
   copy = tmp_path_factory.mktemp("run") / "run"
   return request.param, shutil.copytree(smoke_run(*parts(request.param)), copy)
-
-
-def curve(workdir):
-  """metrics.jsonl without what depends on the clock."""
-  return [{k: v for k, v in row.items() if k != "time" and "per_second" not in k}
-          for row in read_metrics(workdir)]
 
 
 def test_run_directory(finished):
