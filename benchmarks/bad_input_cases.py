@@ -7,7 +7,7 @@ import signal
 import numpy as np
 from PIL import Image
 
-from benchmarks.bad_inputs import (
+from benchmarks.bad_input_parts import (
   STOPPED,
   Case,
   cut_jpeg,

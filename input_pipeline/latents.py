@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from input_pipeline.reading import first_good
 from input_pipeline.records import BadRecord
 
 
@@ -50,7 +51,8 @@ def read_latent(record: Mapping[str, Any], layout: str) -> np.ndarray:
   return np.concatenate([mean, std], axis=-1)
 
 
-def latent_shape(record: Mapping[str, Any], layout: str) -> tuple[int, int, int]:
-  """(h, w, c) of the first latent; reading finds one that differs."""
-  h, w, stored = read_latent(record, layout).shape
+def latent_shape(records, layout: str, on_error: str) -> tuple[int, int, int]:
+  """(h, w, c) of the first latent, or, with "skip", the first good one; reading finds others."""
+  _, latent = first_good(records, 0, lambda record: read_latent(record, layout), on_error)
+  h, w, stored = latent.shape
   return h, w, stored if layout == "mean" else stored // 2

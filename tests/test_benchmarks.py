@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import (
   ablations,
+  bad_input_parts,
   bad_inputs,
   compare,
   mutants,
@@ -250,7 +251,7 @@ def test_a_mutant_is_seen_by_the_first_test_that_fails(tmp_path):
 
 
 def test_bad_inputs_are_of_many_kinds():
-  cases = bad_inputs.cases()
+  cases = bad_inputs.CASES
   assert len({(case.kind, case.name) for case in cases}) == len(cases) >= 60
   assert len({case.kind for case in cases}) >= 10
   row = dict(kind="disk", name="a|b", status=1, said="error: " + "x" * 300, left="no run")
@@ -260,7 +261,7 @@ def test_bad_inputs_are_of_many_kinds():
 
 @pytest.mark.slow
 def test_a_bad_input_is_judged_by_what_is_said_and_left():
-  case = bad_inputs.field("model.dept=3", "did you mean 'depth'")
+  case = bad_input_parts.field("model.dept=3", "did you mean 'depth'")
   right = bad_inputs.judge(case)
   assert right["wrong"] == [] and right["status"] == 1 and right["left"] == "no run"
   assert right["said"].startswith("error: config.model.dept: unknown field")

@@ -10,6 +10,8 @@ import pytest
 import train
 from input_pipeline import batches, latents
 from input_pipeline.augment import latents as augment_latents
+from input_pipeline.records import BadRecord
+from input_pipeline.sources import open_source
 from trainer import checkpoints
 
 
@@ -75,6 +77,16 @@ def test_latents_are_drawn_anew_and_scaled():
   z = [((x / 0.5 + 3) - mean) / deviation for x in drawn]
   assert np.abs(z[0] - z[1]).mean() > 0.5
   np.testing.assert_allclose([np.mean(z), np.std(z)], [0, 1], atol=0.03)
+
+
+def test_a_bad_first_latent_is_skipped_where_the_config_says_so(tmp_path):
+  write(tmp_path, *moments(n=8))
+  (tmp_path / "cat" / "00.npz").write_bytes(b"no array")
+  source = f"folder:{tmp_path}"
+  with pytest.raises(BadRecord, match="cannot read the latent"):
+    open_source(source, latents="moments")
+  found = open_source(source, latents="moments", on_error="skip")
+  assert found.info.features["image"].shape == (4, 4, 2)
 
 
 @pytest.mark.slow

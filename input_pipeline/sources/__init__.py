@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 from pathlib import Path
 
+from input_pipeline.decode import decode as decode  # pixels of the records that sources give
 from input_pipeline.records import Source, nearest
 
 

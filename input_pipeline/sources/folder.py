@@ -75,7 +75,7 @@ def open_source(rest: str, *, on_error: str = "raise", latents: str | None = Non
   first = next(iter(records.values()))[0]
   if latents:
     from input_pipeline.latents import latent_shape
-  shape = (latent_shape(first, latents) if latents
+  shape = (latent_shape(next(iter(records.values())), latents, on_error) if latents
            else _image_shape(sum(records.values(), []), root, on_error))
   features = image_features(shape, len(classes), "latent" if latents else "image",
                             text="text" in first)

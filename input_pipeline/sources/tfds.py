@@ -91,12 +91,14 @@ class _TfdsSplit(Sequence):
     return record
 
 
-def open_source(rest: str, *, data_dir: str | None = None, latents: str | None = None) -> Source:
+def open_source(rest: str, *, data_dir: str | None = None, latents: str | None = None,
+                on_error: str = "raise") -> Source:
   """Opens `tfds:NAME[/CONFIG]`, prepared if it is not, or `tfds:PATH`, a prepared folder."""
-  return open_builder(_builder(rest, data_dir), latents)
+  return open_builder(_builder(rest, data_dir), latents, on_error)
 
 
-def open_builder(builder: tfds.core.DatasetBuilder, latents: str | None = None) -> Source:
+def open_builder(builder: tfds.core.DatasetBuilder, latents: str | None = None,
+                 on_error: str = "raise") -> Source:
   """The splits of a prepared set: its image (or latent), label and captions, by type and name."""
   info, features = builder.info, dict(builder.info.features.items())
   if latents:
@@ -123,7 +125,7 @@ def open_builder(builder: tfds.core.DatasetBuilder, latents: str | None = None) 
   splits = {split: _TfdsSplit(d, f"{info.full_name} {split}", keys) for split, d in data.items()}
   if latents:
     from input_pipeline.latents import latent_shape
-  shape = (latent_shape(next(iter(splits.values()))[0], latents) if latents
+  shape = (latent_shape(next(iter(splits.values())), latents, on_error) if latents
            else tuple(features[image].shape))
   names = features[label].names if label else ()
   said = image_features(shape, features[label].num_classes if label else 0,
