@@ -47,10 +47,12 @@ class Stop(NamedTuple):
 
 
 def start(config: str, workdir: Path, data_dir: Path) -> subprocess.Popen:
+  mae = workdir.parent / "mae"  # what finetune.py starts from
+  init = [f"--config.init={mae}"] if config.startswith("finetune") else []
   with open(workdir.with_suffix(".txt"), "a") as out:
     return subprocess.Popen(
       [sys.executable, "train.py", f"--config=configs/{config}", f"--workdir={workdir}",
-       f"--data_dir={data_dir}", *(f"--config.{flag}" for flag in FLAGS)],
+       f"--data_dir={data_dir}", *(f"--config.{flag}" for flag in FLAGS), *init],
       cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
 
 
@@ -125,6 +127,8 @@ def pair(config: str, folder: Path, expected, pause: float) -> bool:
 def recipe(config: str, names: list[str], count: int, seed: int) -> int:
   """Every stop of one recipe; how many were of runs that did not end as they should."""
   folder, bad = Path(tempfile.mkdtemp()), 0
+  if config.startswith("finetune"):
+    start("mae.py:smoke", folder / "mae", folder / "warm_data").wait()
   start(config, folder / "warm", folder / "warm_data").wait()  # programs compiled
   began = time.monotonic()
   if start(config, folder / "whole", folder / "data").wait():

@@ -1,6 +1,7 @@
 """A run's whole life: what ends it early saves first, and the same command goes on from there."""
 
 import ast
+import contextlib
 import errno
 import json
 import os
@@ -537,6 +538,21 @@ def test_names_in_any_script_in_a_locale_of_ascii(tmp_path):
   names = checkpoints.load_run(tmp_path / "run").class_names
   assert sorted(names) == ["rød", "緑"]
   assert jax.tree.leaves(checkpoints.load_run(tmp_path / "run").params)
+
+
+def test_a_stop_that_a_library_makes_an_error_of_is_a_stop():
+  def evaluation():
+    try:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(30)
+    finally:
+      raise AssertionError("the tracer that was left is not the one that was entered")
+
+  with contextlib.closing(preemption.Signals()) as signals:
+    with pytest.raises(AssertionError):  # nobody asked to stop
+      signals.at_once(lambda: (_ for _ in ()).throw(AssertionError()), str)
+    with pytest.raises(preemption.Preempted, match="SIGTERM"):
+      signals.at_once(evaluation, str)
 
 
 def test_signals_puts_everything_back():

@@ -83,8 +83,10 @@ class Signals:
         return function()
       finally:
         self.leave()
-    except Stop:
+    except (Stop, Exception):  # a library that is left halfway may fail as it tidies up
       self.leave()
+      if not self.seen:
+        raise
       raise Preempted(finish(self.requested(0))) from None
 
   def leave(self):
