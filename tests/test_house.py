@@ -87,7 +87,7 @@ def test_only_the_input_pipeline_knows_tfds():
     assert "tensorflow" not in rooms(path), path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "trainer").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "trainer").glob("**/*.py")), ids=lambda p: p.name)
 def test_trainer_names_no_method_and_no_batch_key(path):
   words = {node.value for node in ast.walk(ast.parse(path.read_text()))
            if isinstance(node, ast.Constant) and isinstance(node.value, str)}

@@ -1,5 +1,7 @@
 """Schedules, optimizers and the training step against float64 NumPy and closed forms."""
 
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from methods.method import Method
 from models import mae, vit
 from trainer import optimizer, schedule
 from trainer.flops import count_flops
+from trainer.optimizers import adamw
 from trainer.state import TrainState, make_step, statistics, with_statistics
 
 TINY = dict(image_size=8, channels=3, patch=4, width=8, depth=2, heads=2, mlp_dim=12)
@@ -254,6 +257,11 @@ def network():
   params = jax.tree.map(lambda s: normal(*s.shape), jax.eval_shape(init))
   assert {path[-1] for path in flatten_dict(params)} == DECAYS | STAYS
   return params
+
+
+def test_every_file_of_optimizers_is_named():
+  assert sorted(optimizer.OPTIMIZERS) == sorted(
+    path.stem for path in Path(adamw.__file__).parent.glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)

@@ -2,7 +2,8 @@
 
 Names, types, defaults and choices are read from the function's signature. What its ** stands for is
 said by the annotation of it: a class whose fields, or a function whose keywords, are meant; a tuple
-of those; {prefix: class} where the fields' names begin with something.
+of those; {prefix: class} where the fields' names begin with something; `Modules`, of which the
+section names one.
 """
 
 import dataclasses
@@ -41,6 +42,18 @@ def find_module(folder: str, name: str, field: str):
 
 # --- What a function takes ------------------------------------------------------------------------
 
+class Modules(typing.NamedTuple):
+  """Keywords of `make` in FOLDER/NAME.py, where the field `name` says which of `names`."""
+
+  folder: str
+  names: tuple[str, ...]
+
+  def makes(self, named) -> tuple[Callable, ...]:
+    """Of the one that is named; of all where that is none of them."""
+    return tuple(find_module(self.folder, name, "name").make
+                 for name in ((named,) if named in self.names else self.names))
+
+
 class Field(typing.NamedTuple):
   """One field of a section."""
 
@@ -50,15 +63,19 @@ class Field(typing.NamedTuple):
   own_name: str  # what it is called there
 
 
-def accepted(function: Callable) -> dict[str, Field]:
-  """{name: Field} of all that a function takes, that of its ** too; its own go before those."""
+def accepted(function: Callable, named=None) -> dict[str, Field]:
+  """{name: Field} of all that a function takes, that of its ** too; its own go before those.
+
+  Of `Modules` the one that is `named` is loaded and asked; without a name all of them.
+  """
   parameters = inspect.signature(function).parameters.values()
   own = {p.name: Field(p.annotation, p.default, function, p.name) for p in parameters
          if p.kind is not p.VAR_KEYWORD}
   rest = {}
   for p in parameters:
     if p.kind is p.VAR_KEYWORD and p.annotation is not p.empty:
-      for name, field in _passed_on(p.annotation, ""):
+      target = p.annotation.makes(named) if isinstance(p.annotation, Modules) else p.annotation
+      for name, field in _passed_on(target, ""):
         if not {name, field.own_name} & own.keys():
           rest.setdefault(name, field)
   return own | rest
@@ -170,10 +187,13 @@ def arguments(function: Callable, section: Mapping, field: str, **provided) -> d
   What is provided and not asked for is left out, and is not the section's to say; None stands for
   the default where the function does not take None. Raises ValueError in the config's words.
   """
-  allowed, own = accepted(function), inspect.signature(function).parameters
+  section, own = plain(section), inspect.signature(function).parameters
+  allowed = accepted(function, section.get("name") or getattr(own.get("name"), "default", None))
+  if not section.keys() <= allowed.keys():
+    allowed = accepted(function)  # to say what was meant, or whose it is
   result = {name: value for name, value in provided.items() if name in own}
   free = sorted(set(allowed) - set(provided))
-  for name, value in plain(section).items():
+  for name, value in section.items():
     if name in provided:
       raise ValueError(f"config.{field}.{name}: what the run says itself is no field of a section")
     if name not in allowed:

@@ -11,7 +11,7 @@ import optax
 
 from trainer import fields
 from trainer import schedule as schedules
-from trainer.optimizers import OPTIMIZERS, per_layer
+from trainer.optimizers import OPTIMIZERS, OPTIONS
 from trainer.parts import (
   Whole,
   check_parts,
@@ -168,9 +168,6 @@ class Rates(NamedTuple):
     return self.main(step)
 
 
-OPTIONS = tuple(function for function, _ in OPTIMIZERS.values())
-
-
 def group(*, path: str, lr: float | None = None, base_lr: float | None = None,
           weight_decay: float | None = None, decay: str | None = None,
           schedule: Mapping | None = None, frozen: bool = False,
@@ -185,7 +182,7 @@ def group(*, path: str, lr: float | None = None, base_lr: float | None = None,
     schedule: a section as config.schedule is, in the place of all of it; None = config.schedule.
     frozen: whether the parameters are not trained; all else is of no effect then.
     name: a key of OPTIMIZERS; None = the optimizer section's, with its options.
-    **options: keywords of the optimizer's row (b1, b2, eps, momentum, ...).
+    **options: keywords of the optimizer (b1, b2, eps, momentum, ...).
   """
   said = dict(lr=lr, base_lr=base_lr, weight_decay=weight_decay, decay=decay, schedule=schedule,
               name=name)
@@ -219,10 +216,10 @@ def settled(field: str, batch_size: int, *, schedule: Callable, name: str, lr: f
   """(times a step -> optax transformation, step -> rate) of one section, named by `field`."""
   if (lr is None) == (base_lr is None):
     raise ValueError(f"{field}: give lr or base_lr, not both (lr = {lr}, base_lr = {base_lr})")
-  row, layerwise = OPTIMIZERS[name]
-  unknown = set(options) - set(inspect.signature(row).parameters)
+  named = fields.find_module("trainer.optimizers", name, f"config.{field}.name").make
+  unknown = set(options) - set(inspect.signature(named).parameters)
   if unknown:
-    allowed = list(inspect.signature(row).parameters)[3:]
+    allowed = list(inspect.signature(named).parameters)[3:]
     raise ValueError(f"{field}.{min(unknown)}: {name} takes {', '.join(allowed)}; "
                      f"--config.{field}.{min(unknown)}=none leaves it out")
   check_pattern(decay, f"{field}.decay")
@@ -232,9 +229,8 @@ def settled(field: str, batch_size: int, *, schedule: Callable, name: str, lr: f
     return peak * schedule(step)
 
   def build(times):
-    tx = row(lambda count: rate(count if times == 1 else count // times), weight_decay,
-             decay_mask(decay), **options)
-    return per_layer(tx) if layerwise else tx
+    return named(lambda count: rate(count if times == 1 else count // times), weight_decay,
+                 decay_mask(decay), **options)
   return build, rate
 
 
@@ -274,7 +270,7 @@ def make(*, schedule: Callable, batch_size: int, total_steps: int | None = None,
     tuned_blocks: how many of the last blocks are trained, with what follows them; None = all.
     layer_decay: factor in (0, 1] on the rate for each layer further from the output.
     clip_norm: global norm that gradients are clipped to; None = not clipped.
-    **options: keywords of the optimizer's row above (b1, b2, eps, momentum, ...).
+    **options: keywords of the optimizer (b1, b2, eps, momentum, ...).
   """
   if not 0 < layer_decay <= 1 or (tuned_blocks or 0) < 0:
     raise ValueError(f"optimizer.layer_decay = {layer_decay}: expected a number in (0, 1]; "

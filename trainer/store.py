@@ -82,8 +82,8 @@ def code_version() -> str:
   """A hash of this project's sources: the same on every process that runs the same code."""
   root = Path(__file__).resolve().parent.parent
   content = hashlib.sha256()
-  for path in sorted(root.glob("*/*.py")):
-    if path.parent.name not in ("tests", "benchmarks"):
+  for path in sorted([*root.glob("*/*.py"), *root.glob("*/*/*.py")]):
+    if path.relative_to(root).parts[0] not in ("tests", "benchmarks"):
       content.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
   return content.hexdigest()[:12]
 
