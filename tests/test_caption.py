@@ -22,7 +22,7 @@ from models import caption, decoding
 from trainer import loop, recipe, sharding, transfer
 from trainer.checkpoints import load_run
 from trainer.logging import read_metrics
-from trainer.optimizer import path_name
+from trainer.parts import path_name
 
 EOS, PAD, VOCAB, CONTEXT = 2, 0, 11, 7
 TOKENS = dict(vocab_size=VOCAB, context=CONTEXT, eos_id=EOS, pad_id=PAD)

@@ -13,7 +13,7 @@ from runs import broken_off
 
 import train
 from methods.method import Method, Phase
-from trainer import checkpoints, fields, help, loop, optimizer, recipe, store
+from trainer import checkpoints, fields, groups, help, loop, optimizer, recipe, store
 from trainer.state import make_init, make_step
 
 SHAPES = {"encoder/blocks/up/kernel": (2, 3, 4), "encoder/blocks/up/bias": (2, 4),
@@ -254,7 +254,7 @@ def test_what_cannot_be_is_an_error_before_compiling(flags, message, data_dir, t
 
 
 def test_help_and_fields():
-  for name, field in fields.accepted(optimizer.group).items():
+  for name, field in fields.accepted(groups.group).items():
     assert field.hint is not inspect.Parameter.empty, name
     assert help.help_lines(field.owner).get(field.own_name), name
   said = " ".join(help.help_of("configs/vit.py:smoke").split())

@@ -14,7 +14,7 @@ from tiers import suite
 import evaluate
 import train
 from models import adapt, positions, vit
-from trainer import checkpoints, loop, optimizer, recipe, transfer
+from trainer import checkpoints, depth, loop, optimizer, recipe, transfer
 
 FAMILIES = ("mae", "vit", "moco", "clip")
 
@@ -142,7 +142,7 @@ def test_a_grey_network_on_colours_and_coarser_patches(runs, data_dir, tmp_path)
 def test_rates_by_depth_are_beits():
   params = {"embed": {"kernel": jnp.ones((2, 2))}, "cls": jnp.ones(2), "head": jnp.ones(3),
             "transformer": {"blocks": {"up": jnp.ones((3, 2, 2))}, "norm": jnp.ones(2)}}
-  scales = optimizer.by_depth(params, 0.5, None)
+  scales = depth.by_depth(params, 0.5, None)
   assert scales["embed"]["kernel"] == scales["cls"] == 0.5**4
   np.testing.assert_allclose(scales["transformer"]["blocks"]["up"], [0.5**3, 0.5**2, 0.5])
   assert scales["head"] == scales["transformer"]["norm"] == 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from input_pipeline import batches
-from trainer import fields, networks, optimizer, recipe, schedule, sharding, store
+from trainer import fields, groups, networks, optimizer, recipe, schedule, sharding, store
 
 WIDTH = 100
 # What the run says of itself, or the data of a model: not asked of a section.
@@ -68,7 +68,7 @@ def _sections(config):
   yield "augment", recipe.augmentation(config, {"image": None})[0], config.augment
   yield "optimizer", optimizer.make, config.optimizer
   for name, section in (config.optimizer.get("groups") or {"NAME": {}}).items():
-    yield f"optimizer.groups.{name}", optimizer.group, section
+    yield f"optimizer.groups.{name}", groups.group, section
   yield "schedule", schedule.make, config.schedule
   yield "mesh", sharding.make_mesh, config.mesh
   yield "checkpoint", store.Checkpoints, config.checkpoint

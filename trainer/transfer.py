@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from models import adapt
 from trainer import checkpoints, networks, store
 from trainer.networks import Init, image_network, text_network
-from trainer.optimizer import path_name
+from trainer.parts import path_name
 from trainer.state import statistics, with_statistics
 
 
