@@ -161,7 +161,10 @@ class DiT(nn.Module):
     table = vit.Positions(self.positions, self.grid, self.width, name="position")(grid)
     if table is not None:
       x = x + table[None].astype(x.dtype)
-    rotate = positions.rope(grid, self.width // self.heads) if self.rope else None
+    rotate = None
+    if self.rope:
+      from models import relative  # loaded where it is used
+      rotate = relative.rope(grid, self.width // self.heads)
     block = Block(self.heads, self.mlp_dim, self.mlp, self.qk_norm, self.attention, self.dtype,
                   parent=None)
 

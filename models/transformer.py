@@ -1,11 +1,10 @@
 """The Transformer that every method here is built on: an encoder, or a decoder with a cache.
 
-Each choice is a row in a small table, here or in `models/{blocks,layers,attention,positions}.py`.
+Each choice is a row in a small table, here or in models/'s blocks, layers, attention, relative.
 The blocks' parameters are stacked on a leading layer axis whether the stack is scanned or unrolled,
 so that checkpoints, sharding rules and weight converters know one layout.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from models import kernels, positions
 from models.blocks import PLACEMENTS, Block, BlockStyle, Context, choices, deepnorm, scaled
-from models.positions import KINDS
+from models.positions import KINDS, RELATIVE
 
 REMAT: Mapping[str, Callable | None] = {
   # What a block keeps for its backward pass; the rest is computed again.
@@ -76,8 +75,8 @@ class Style(BlockStyle, kw_only=True):
   drop_path: float = 0.0  # rate at the last block
   drop_path_spread: Literal[*SPREADS] = "linear"  # what the blocks before it have
   positions: Literal[*KINDS] = "none"  # the absolute are added before the stack
-  rope_base: float | None = None  # wavelengths, as in `positions.rope`; None: its own
-  rope_scale: float = 1.0  # factor on places, as in `positions.rope`
+  rope_base: float | None = None  # wavelengths, as in `relative.rope`; None: its own
+  rope_scale: float = 1.0  # factor on places, as in `relative.rope`
   window: int = 0  # places that a token sees to each side, its own included; 0: all
   scan: bool = False  # one block compiled and looped over, else all unrolled
   remat: Literal[*REMAT] = "none"  # what is computed again for the gradient, to save memory
@@ -126,46 +125,10 @@ class Transformer(Style):
   causal: bool = False  # a token sees those before it alone
   cross: bool = False  # blocks attend to a memory too
   grid: tuple[int, ...] = ()  # (length,) or (h, w): what learned relative positions are made for
-  trained: int = 0  # tokens; causal rope goes beyond by `positions.dual_chunk`; 0: as it is
+  trained: int = 0  # tokens; causal rope goes beyond by `relative.dual_chunk`; 0: as it is
   decoder_depth: int = 0  # of a decoder that reads this stack: for DeepNorm
   final_norm: bool = True
   redraw: Callable | None = None  # (rng, the blocks' initial parameters) -> others in their place
-
-  @nn.nowrap
-  def relative(self, x, grid, keep, keys, index):
-    """(mask, rotate, bias) of the places of queries x [b, q, d] and of `keys` keys; None: none.
-
-    Tokens before those of a `grid` have no place: all see them, and they see all, with no bias.
-    """
-    heads, head_dim, prefix = self.heads, x.shape[-1] // self.heads, 0
-    if grid is None:  # a text
-      grid = self.grid or (keys,)
-      query_at, key_at = index + jnp.arange(x.shape[1])[None], jnp.arange(keys)[None]  # 1 q, 1 n
-    else:
-      query_at = key_at = keep
-      prefix = x.shape[1] - (math.prod(grid) if keep is None else keep.shape[1])
-    rotate = bias = mask = None
-    if self.positions == "rope":
-      how = dict(base=self.rope_base, scale=self.rope_scale)
-      if self.trained:
-        rotate, bias = positions.dual_chunk(self.trained, head_dim, query_at, key_at, **how)
-      else:
-        rotate = positions.rope(grid, head_dim, at=query_at, prefix=prefix, **how)
-    if not (self.causal or self.window or self.positions in positions.BIASES):
-      return mask, rotate, bias
-    delta = (positions.places(grid, query_at)[:, :, None]
-             - positions.places(grid, key_at)[:, None])                      # b q n axes
-    around = ((0, 0), (0, 0), (prefix, 0), (prefix, 0))
-    if self.positions in positions.BIASES:
-      bias = positions.BIASES[self.positions](self.param, delta, heads=heads, grid=grid,
-                                              made_for=self.grid or grid, causal=self.causal)
-      bias = jnp.pad(jnp.moveaxis(bias, -1, 1), around)                      # b k q n
-    from models import masks
-    seen = [masks.causal(delta)] if self.causal else []
-    seen += [masks.window(delta, self.window)] if self.window else []
-    if seen:
-      mask = jnp.pad(functools.reduce(jnp.logical_and, seen), around, constant_values=True)
-    return mask, rotate, bias
 
   @nn.nowrap
   def stack(self, shape):
@@ -214,7 +177,10 @@ class Transformer(Style):
                if train and rate]
     keys = {name: jax.random.split(self.make_rng(name), self.depth) for name in streams}
     length = x.shape[1] if cache is None else cache["key"].shape[2]
-    seen, rotate, bias = self.relative(x, grid, keep, length, index)
+    seen = rotate = bias = None
+    if self.causal or self.window or self.positions in RELATIVE:
+      from models import relative  # loaded where attention is told of places
+      seen, rotate, bias = relative.told(self, x, grid, keep, length, index)
     written = None if cache is None else (jnp.arange(length) < index + x.shape[1])[None, None, None]
     mask = nn.combine_masks(mask, seen, written, dtype=bool)
     context = Context(mask, rotate, bias, memory, memory_mask, index)

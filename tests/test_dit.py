@@ -13,7 +13,7 @@ import pytest
 from arrays import normal, random_params
 from tiers import suite
 
-from models import dit, positions
+from models import dit, relative
 from trainer import sharding
 from trainer.flops import count_flops
 
@@ -138,7 +138,7 @@ def test_timestep_features(t, atol):
 
 def test_rotary_products_depend_on_the_difference_of_places_alone():
   grid, d = (4, 5), 8
-  rotate = positions.rope(grid, d)
+  rotate = relative.rope(grid, d)
   q, k = (np.broadcast_to(normal(1, 1, 2, d, seed=s), (1, 20, 2, d)) for s in (2, 3))
   product = np.einsum("bqkd,bnkd->qnk", rotate(jnp.asarray(q)), rotate(jnp.asarray(k)))
   seen = {}

@@ -24,6 +24,7 @@ from models import (
   mae,
   masks,
   positions,
+  relative,
   resnet,
   stems,
   text,
@@ -211,12 +212,12 @@ SLOPES = {2: [2**-4, 2**-8], 8: [0.5**i for i in range(1, 9)], 3: [2**-4, 2**-8,
 
 @pytest.mark.parametrize("heads", SLOPES)
 def test_alibi_slopes(heads):
-  np.testing.assert_allclose(positions.alibi_slopes(heads), SLOPES[heads], rtol=1e-12)
+  np.testing.assert_allclose(relative.alibi_slopes(heads), SLOPES[heads], rtol=1e-12)
 
 
 @pytest.mark.parametrize("count", [16, 32])
 def test_buckets_of_t5(count):
-  assert list(positions.buckets_of(count)) == [t5_bucket(away, count) for away in range(129)]
+  assert list(relative.buckets_of(count)) == [t5_bucket(away, count) for away in range(129)]
 
 
 def pairs_of(model, params, place):
@@ -295,8 +296,8 @@ def test_places_on_a_grid(fields):
 def test_rope_depends_on_the_difference_of_places_alone():
   """Of grids: in test_dit.py."""
   q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=2)
-  product = np.array([[np.sum(positions.rope((40,), 8, at=np.full((1, 1), a))(q)
-                              * positions.rope((40,), 8, at=np.full((1, 1), a - shift))(k))
+  product = np.array([[np.sum(relative.rope((40,), 8, at=np.full((1, 1), a))(q)
+                              * relative.rope((40,), 8, at=np.full((1, 1), a - shift))(k))
                        for a in range(5, 40, 6)] for shift in range(6)])
   np.testing.assert_allclose(product, np.tile(product[:, :1], 6), atol=1e-5)
   assert np.abs(np.diff(product[:, 0])).min() > 1e-3
