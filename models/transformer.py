@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models import kernels, positions
-from models.blocks import PLACEMENTS, Block, BlockStyle, Context, choices, deepnorm, scaled
+from models.blocks import PLACEMENTS, Block, BlockStyle, Context, choices
 from models.positions import KINDS, RELATIVE
 
 REMAT: Mapping[str, Callable | None] = {
@@ -133,8 +133,10 @@ class Transformer(Style):
   @nn.nowrap
   def stack(self, shape):
     """(a block, the parameters of all of them, leaves [depth, ...]) for tokens of shape (n, d)."""
-    alpha, beta = (1.0, 1.0) if self.placement != "deepnorm" else deepnorm(
-      self.depth, self.cross, self.decoder_depth)
+    alpha = beta = 1.0
+    if self.placement == "deepnorm":
+      from models import deepnorm  # loaded where it is used
+      alpha, beta = deepnorm.deepnorm(self.depth, self.cross, self.decoder_depth)
     block = Block(self.heads, self.mlp_dim, self.cross, alpha, **choices(self, BlockStyle),
                   parent=None)
 
@@ -143,7 +145,7 @@ class Transformer(Style):
       context = Context(memory=example if self.cross else None)
       blocks = init_blocks(rng, block, self.depth, example, 0.0, context)
       blocks = self.redraw(rng, blocks) if self.redraw else blocks
-      return blocks if beta == 1 else scaled(blocks, beta)
+      return blocks if beta == 1 else deepnorm.scaled(blocks, beta)
 
     return block, self.param("blocks", init)
 

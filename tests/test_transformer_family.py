@@ -17,8 +17,8 @@ from tiers import suite
 
 from models import (
   attention,
-  blocks,
   caption,
+  deepnorm,
   dit,
   layers,
   mae,
@@ -147,7 +147,7 @@ def test_memory_of_another_width():
   ({"depth": 6}, 12**0.25, 48**-0.25), ({"depth": 4, "cross": True}, 12**0.25, 48**-0.25),
   ({"depth": 6, "decoder_depth": 4}, 0.81 * 5184 ** (1 / 16), 0.87 * 5184 ** (-1 / 16))])
 def test_deepnorm_scales(fields, alpha, beta):
-  np.testing.assert_allclose(blocks.deepnorm(**fields), (alpha, beta), rtol=1e-12)
+  np.testing.assert_allclose(deepnorm.deepnorm(**fields), (alpha, beta), rtol=1e-12)
 
 
 @pytest.mark.slow
