@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Callable, Collection, Iterable
-from pathlib import Path
 
 import numpy as np
 
@@ -60,45 +59,7 @@ def has_prediction(facts, *names: str, field: str = "", pixels: bool = False):
                        f"--config.evals.{facts.name}=none leaves this evaluation out")
 
 
-def is_run(facts, field: str, workdir: str, rest: str = ""):
-  """Raises ValueError where a local folder is no run directory."""
-  if "://" not in workdir and not (Path(workdir).expanduser() / "config.json").is_file():
-    raise ValueError(f"evals.{facts.name}.{field} = {workdir!r} holds no run: no config.json there"
-                     + rest)
-
-
-def fewest_of_a_class(facts, limit: int | None) -> int:
-  """At most how many of `limit` training examples the rarest class has.
-
-  Exact where the records are in memory; else what many classes must share.
-  """
-  classes, n = facts.info.num_classes, facts.info.num_examples[facts.train_split]
-  labels = [row["label"] for row in facts.records(facts.train_split, limit)]
-  if labels:
-    return int(np.bincount(labels, minlength=classes).min())
-  return (n if limit is None else min(n, limit)) // classes
-
-
 # --- What an evaluation finds ---------------------------------------------------------------------
-
-def applying(evaluator: str, predictions, figures, needs) -> tuple[str, ...]:
-  """The figures, of `needs` {figure: its prediction}, that are asked for (None: all) and can be.
-
-  Raises ValueError where one of them is not known or cannot be drawn, or none is left.
-  """
-  figures = (figures,) if isinstance(figures, str) else figures
-  all_known(evaluator, "figures", figures or (), needs)
-  for name in figures or ():
-    if needs[name] not in predictions:
-      raise ValueError(f"evals.{evaluator}.figures: {name!r} needs the prediction "
-                       f"{needs[name]!r}, which this method has not on this network")
-  found = tuple(name for name in needs if needs[name] in predictions and (
-    figures is None or name in figures))
-  if not found:
-    raise ValueError(f"evals.{evaluator}: none of its figures applies; they need one of the "
-                     f"predictions {', '.join(sorted(set(needs.values())))}")
-  return found
-
 
 def has_texts(evaluator: str, context):
   """Raises ValueError where the run has no tokenizer, so no texts."""
@@ -129,6 +90,6 @@ def topk(scores, labels):
   Returns:
     {"top1": float, "top5": float}, in [0, 1].
   """
-  from losses.classification import topk_correct  # here: most runs have no use for it
+  from losses.accuracy import topk_correct  # here: most runs have no use for it
   ks = (1, 5) if scores.shape[1] > 5 else (1,)
   return {f"top{k}": float(np.mean(topk_correct(scores, labels, k))) for k in ks}

@@ -32,7 +32,19 @@ def check(facts, shots, draws, l2, features, baselines, limit):
   """Raises ValueError on what `evaluate` would stumble over."""
   ranges(facts.name, shots, draws, l2)
   n = knn.check_representation(facts, features, baselines, limit)
-  enough(facts.name, shots, checks.fewest_of_a_class(facts, limit), n)
+  enough(facts.name, shots, fewest_of_a_class(facts, limit), n)
+
+
+def fewest_of_a_class(facts, limit: int | None) -> int:
+  """At most how many of `limit` training examples the rarest class has.
+
+  Exact where the records are in memory; else what many classes must share.
+  """
+  classes, n = facts.info.num_classes, facts.info.num_examples[facts.train_split]
+  labels = [row["label"] for row in facts.records(facts.train_split, limit)]
+  if labels:
+    return int(np.bincount(labels, minlength=classes).min())
+  return (n if limit is None else min(n, limit)) // classes
 
 
 def ranges(evaluator: str, shots, draws: int, l2: float):

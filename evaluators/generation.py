@@ -25,7 +25,7 @@ def check(facts, predictions, count, features, k, limit, examples, neighbours, *
   if kind == "inception" and not Path(file).expanduser().is_file():
     raise ValueError(f"evals.{facts.name}.features = {features!r}: no such file")
   if kind not in ("inception", "pixels"):
-    checks.is_run(facts, "features", features, "; allowed: pixels, inception:FILE, DIR of a run")
+    samples.is_run(facts, "features", features, "; allowed: pixels, inception:FILE, DIR of a run")
 
 
 def ranges(evaluator: str, predictions, count, k: int, limit, examples: int, neighbours: int):

@@ -160,7 +160,7 @@ def check(facts, figures, features, split, **numbers):
 def applying(evaluator: str, predictions, figures, features: str, **numbers) -> tuple[str, ...]:
   """The figures that are asked for and can be drawn. Raises ValueError, on bad numbers too."""
   checks.at_least(evaluator, **{name: (value, 1) for name, value in numbers.items()})
-  return checks.applying(evaluator, predictions, figures, {**NEEDS, "neighbours": features})
+  return pictures.applying(evaluator, predictions, figures, {**NEEDS, "neighbours": features})
 
 
 def evaluate(context, figures: tuple[str, ...] | None = None, examples: int = 6,

@@ -7,6 +7,8 @@ import numpy as np
 from einops import rearrange
 from matplotlib.figure import Figure
 
+from evaluators import checks
+
 
 def rgb(image):
   """Images in [0, 1], of any channels, as [..., h, w, 3]; of more than three the first."""
@@ -57,3 +59,22 @@ def mosaic(cells, columns, rows, caption: str, cell: float = 1.1):
   axis.spines[:].set_visible(False)
   figure.supxlabel("\n".join(wrapped), fontsize=8)
   return figure
+
+
+def applying(evaluator: str, predictions, figures, needs) -> tuple[str, ...]:
+  """The figures, of `needs` {figure: its prediction}, that are asked for (None: all) and can be.
+
+  Raises ValueError where one of them is not known or cannot be drawn, or none is left.
+  """
+  figures = (figures,) if isinstance(figures, str) else figures
+  checks.all_known(evaluator, "figures", figures or (), needs)
+  for name in figures or ():
+    if needs[name] not in predictions:
+      raise ValueError(f"evals.{evaluator}.figures: {name!r} needs the prediction "
+                       f"{needs[name]!r}, which this method has not on this network")
+  found = tuple(name for name in needs if needs[name] in predictions and (
+    figures is None or name in figures))
+  if not found:
+    raise ValueError(f"evals.{evaluator}: none of its figures applies; they need one of the "
+                     f"predictions {', '.join(sorted(set(needs.values())))}")
+  return found

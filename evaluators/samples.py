@@ -1,6 +1,7 @@
 """What a generator makes: grids of samples, and whether a judge recognises what was asked for."""
 
 import textwrap
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,12 +11,19 @@ from matplotlib.figure import Figure
 from evaluators import checks, knn, pictures
 
 
+def is_run(facts, field: str, workdir: str, rest: str = ""):
+  """Raises ValueError where a local folder is no run directory."""
+  if "://" not in workdir and not (Path(workdir).expanduser() / "config.json").is_file():
+    raise ValueError(f"evals.{facts.name}.{field} = {workdir!r} holds no run: no config.json there"
+                     + rest)
+
+
 def check(facts, predictions, rows, per_class, count, judge, k, path, **_):
   """Raises ValueError on what `evaluate` would stumble over."""
   ranges(facts.name, rows, per_class, count, k, path)
   checks.has_prediction(facts, *predictions, field="predictions")
   if count and facts.info.num_classes and judge:
-    checks.is_run(facts, "judge", judge)
+    is_run(facts, "judge", judge)
     checks.has_split(facts)
 
 

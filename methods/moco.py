@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from losses import contrastive
-from losses.classification import topk_correct
+from losses.accuracy import topk_correct
 from methods.image_predictions import image_predictions
 from methods.method import Contrast, Method, check_fields
 

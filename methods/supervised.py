@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from losses import classification
+from losses.accuracy import topk_correct
 from methods.image_predictions import image_predictions
 from methods.method import Method
 
@@ -50,7 +51,7 @@ def make(model, *, loss: Literal[*classification.LOSSES] = "softmax", label_smoo
     targets = classification.targets(batch["label"], model.num_classes, label_smoothing,
                                      batch.get("label_mix"), batch.get("mix"), multi_label)
     value = classification.LOSSES[loss](logits, targets).mean()
-    hit = classification.topk_correct(logits, batch["label"], 1)
+    hit = topk_correct(logits, batch["label"], 1)
     return value, (extra, {"top1": hit.astype(jnp.float32).mean()})
 
   predict = image_predictions(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from losses import classification, reconstruction
+from losses import accuracy, classification, reconstruction
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
@@ -70,7 +70,7 @@ def test_targets(smoothing, mixed, multi_label):
 def test_topk_correct(k):
   logits, label = normal(200, 5), np.arange(200) % 5
   higher = (logits > logits[np.arange(200), label].reshape(-1, 1)).sum(1)
-  np.testing.assert_array_equal(classification.topk_correct(logits, label, k), higher < k)
+  np.testing.assert_array_equal(accuracy.topk_correct(logits, label, k), higher < k)
 
 
 @DTYPES
