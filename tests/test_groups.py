@@ -13,7 +13,7 @@ from runs import broken_off
 
 import train
 from methods.method import Method, Phase
-from trainer import checkpoints, fields, groups, help, loop, optimizer, recipe, store
+from trainer import checkpoints, fields, groups, help, loop, optimizer, recipe, stored
 from trainer.state import make_init, make_step
 
 SHAPES = {"encoder/blocks/up/kernel": (2, 3, 4), "encoder/blocks/up/bias": (2, 4),
@@ -193,7 +193,7 @@ def test_a_run_with_groups_goes_on_bit_for_bit(data_dir, tmp_path):
   assert len(rows) == 6 and len({row["train/lr"] for row in rows}) > 2
   assert len({row["train/lr_head"] for row in rows}) == 1 and "train/lr_norms" not in rows[0]
   whole = checkpoints.load_run(workdir)
-  start = recipe.build(store.load_config(workdir), data_dir)
+  start = recipe.build(stored.load_config(workdir), data_dir)
   before = jax.jit(loop.initial_state(start))().params
   distance = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole.params, jax.device_get(before))
   assert max(jax.tree.leaves(distance["embed"])) < 1e-6 < 1e-4 < min(

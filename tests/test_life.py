@@ -25,7 +25,7 @@ from tiers import suite
 import train
 from evaluators import classification
 from input_pipeline import reading
-from trainer import checkpoints, config, lease, loop, preemption, recipe, same_run
+from trainer import checkpoints, config, continued, lease, loop, preemption, recipe, same_run
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "configs/vit.py:smoke"
@@ -487,8 +487,8 @@ def test_more_steps_of_a_method_that_counts_them():
   made = recipe.load_config("configs/moco.py:smoke", {"schedule.name": "constant"})
   built = recipe.build(made, data=recipe.stand_in(made))
   then = recipe.plain(built.config) | {"total_steps": 5}
-  with pytest.raises(same_run.TrainingError, match="method moco looks at how long the run is"):
-    same_run.check_length(Path("run"), then, built, 5)
+  with pytest.raises(continued.TrainingError, match="method moco looks at how long the run is"):
+    continued.check_length(Path("run"), then, built, 5)
 
 
 def test_a_config_is_found_from_any_folder(tmp_path, monkeypatch):

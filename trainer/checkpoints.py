@@ -15,7 +15,8 @@ from input_pipeline import batches, geometry
 from input_pipeline.records import image_features
 from trainer import recipe
 from trainer.state import make_predict, with_statistics
-from trainer.store import ITEMS, TOKENIZER, CheckpointError, Checkpoints, load_config, load_facts
+from trainer.store import ITEMS, TOKENIZER, CheckpointError, Checkpoints
+from trainer.stored import load_config, load_facts
 
 
 class Run(NamedTuple):

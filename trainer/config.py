@@ -141,6 +141,13 @@ def read_json(path) -> dict:
                      "a copy in its place, or take another --workdir") from error
 
 
+def write(path: Path, text: str):
+  """Writes a file aside and puts it in its place: a kill leaves the whole of it or none."""
+  partial = path.with_suffix(".tmp")
+  partial.write_text(text, encoding="utf-8")
+  partial.replace(path)
+
+
 def hold_out(config: ConfigDict, workdir) -> ConfigDict:
   """The config with the share of a folder of images that the run in `workdir` evaluates on.
 

@@ -28,10 +28,10 @@ from trainer.program import describe as describe
 from trainer.program import initial_state as initial_state
 from trainer.program import jitted_step as jitted_step
 from trainer.program import model_flops as model_flops
-from trainer.same_run import TrainingError as TrainingError
-from trainer.same_run import check_same_data, keep_facts, keep_tokenizer
 from trainer.same_run import check_same_run as check_same_run
+from trainer.same_run import keep_facts, keep_tokenizer
 from trainer.state import statistics
+from trainer.store import TrainingError as TrainingError
 
 log = logging.getLogger("vitrine")
 
@@ -81,7 +81,8 @@ def start_of(recipe, workdir: Path) -> Start:
     compiler.shutdown(wait=False)
   if restored:
     state, saved_facts = restored
-    check_same_data(workdir, saved_facts, facts)
+    from trainer import continued
+    continued.check_same_data(workdir, saved_facts, facts)
   else:
     state = jax.jit(init, out_shardings=shardings,
                     compiler_options=sharding.compiler_options(recipe.mesh))()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from trainer import fields, store
+from trainer import fields
 
 # What the data says of a model's inputs and outputs, to models that ask for it.
 FROM_TEXT = ("vocab_size", "context", "eos_id", "pad_id", "mask_id", "starts")
@@ -70,11 +70,12 @@ def fill(config: ConfigDict) -> ConfigDict:
   if not config.init:
     return config
   from models import adapt
+  from trainer import store, stored
   init = fields.call(Init, config.init, "init")
   config = ConfigDict(config.to_dict())
   if init.text_run and "vocab_size" not in config.model:  # it has, in a finished run
     here, run = text_network(config), init.text_run
-    there = store.load_config(run)
+    there = stored.load_config(run)
     texts = adapt.text_fields(getattr(make_model(there), text_network(there)))
     config.model = {**{f"{here}_{name}": value for name, value in texts.items()},
                     **config.model.to_dict()}
@@ -82,7 +83,7 @@ def fill(config: ConfigDict) -> ConfigDict:
       config.data.tokenizer = str(Path(run) / store.TOKENIZER)
   if config.model.get("name"):  # a finished run needs no other one
     return config
-  there = store.load_config(given(init.run))
+  there = stored.load_config(given(init.run))
   config.model = {**adapt.fields(image_network(there)[1]), **config.model.to_dict()}
   for name in ("mean", "std"):
     if name in there.augment and config.augment.get(name) is None:

@@ -1,4 +1,4 @@
-"""What a run directory keeps: checkpoints, asynchronous, atomic and checked; and the config."""
+"""What a run directory keeps: checkpoints, asynchronous, atomic and checked."""
 
 import contextlib
 import errno
@@ -18,12 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
-from configs.base import get_base
-from input_pipeline.records import Feature
 from trainer import sharding
-from trainer.config import read_json
 from trainer.logging import read_metrics
 from trainer.state import TrainState
 
@@ -32,6 +28,10 @@ ITEMS = ("params", "opt", "extra", "ema", "ema_statistics")
 DATA = "data.json"  # in the run directory: the features and class names of its data
 TOKENIZER = "tokenizer.json"  # in the run directory, of runs on text
 log = logging.getLogger("vitrine")
+
+
+class TrainingError(RuntimeError):
+  """Training stopped for a reason the user has to know; nothing already saved is lost."""
 
 
 class CheckpointError(RuntimeError):
@@ -288,44 +288,6 @@ class Checkpoints:
 
 
 def data_facts(info) -> str:
-  """What `load_facts` and `load_fingerprint` read, of a `records.Info`."""
+  """What `stored.load_facts` and `load_fingerprint` read, of a `records.Info`."""
   return json.dumps({"features": info.features, "class_names": info.class_names,
                      "fingerprint": info.fingerprint}, indent=2)
-
-
-def _data_said(workdir) -> dict:
-  """What a run directory says of its data; {} where older code kept nothing."""
-  path = epath.Path(workdir) / DATA
-  return read_json(path) if path.exists() else {}
-
-
-def load_fingerprint(workdir) -> str | None:
-  """That of the data a run directory was made with; None where older code kept none."""
-  return _data_said(workdir).get("fingerprint")
-
-
-def load_facts(workdir) -> tuple[dict, tuple[str, ...]]:
-  """(features, class names) of a run's data; empty where older code kept none."""
-  said = _data_said(workdir)
-  features = {name: Feature(tuple(shape), *rest)
-              for name, (shape, *rest) in said.get("features", {}).items()}
-  return features, tuple(said.get("class_names", ()))
-
-
-def load_config(workdir) -> ConfigDict:
-  """The config a run directory was made with; fields that are newer than it have their defaults.
-
-  Raises FileNotFoundError if it holds no run.
-  """
-  path = epath.Path(workdir) / "config.json"
-  if not path.exists():
-    raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
-  defaults = get_base().to_dict()
-  config = {**defaults, **read_json(path)}
-  if config["augment"].get("crop_area") and "eval_crop" not in config["augment"]:
-    config["augment"]["eval_crop"] = 0.875  # what went with random crops, before it was a field
-  if str(config["data"].get("source")).startswith("lines:"):  # texts had a black pixel once
-    for section, name in ("augment", "image_size"), ("augment", "eval_crop"), (
-        "model", "image_size"), ("model", "channels"):
-      config[section].pop(name, None)
-  return ConfigDict(config)

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from models import adapt
-from trainer import checkpoints, networks, store
+from trainer import checkpoints, networks, stored
 from trainer.networks import Init, image_network, text_network
 from trainer.parts import path_name
 from trainer.state import statistics, with_statistics
@@ -37,7 +37,7 @@ def take(config: ConfigDict, state, method, **init: Init) -> Taken:
   """
   run, source, into, fresh, text_run = Init(**init)
   if text_run:
-    there = text_network(store.load_config(text_run))
+    there = text_network(stored.load_config(text_run))
     text = take(config, state, method, run=text_run, source=there, into=text_network(config),
                 fresh=fresh)
     image = take(config, state, method, **{**init, "text_run": ""}) if run else Taken({}, {}, [])
