@@ -15,7 +15,7 @@ from tiers import suite
 
 from models import dit, relative
 from trainer import sharding
-from trainer.flops import count_flops
+from trainer.program import count_flops
 
 TINY = dict(image_size=(8, 12), channels=3, patch=4, width=16, depth=2, heads=2)
 TIMES, LABELS = np.array([3.5, 870.0], np.float32), np.array([4, 5])

@@ -14,7 +14,7 @@ from arrays import normal, random_params
 from tiers import suite
 
 from models import kernels, layers, mae, positions, transformer, vit
-from trainer.flops import count_flops
+from trainer.program import count_flops
 
 TINY = dict(image_size=(8, 12), channels=3, patch=4, width=16, depth=2, heads=2, mlp_dim=24)
 

@@ -14,8 +14,8 @@ from methods import mae as mae_method
 from methods.method import Method
 from models import mae, vit
 from trainer import optimizer, schedule
-from trainer.flops import count_flops
 from trainer.optimizers import adamw
+from trainer.program import count_flops
 from trainer.state import TrainState, make_step, statistics, with_statistics
 
 TINY = dict(image_size=8, channels=3, patch=4, width=8, depth=2, heads=2, mlp_dim=12)

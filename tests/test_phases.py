@@ -18,7 +18,7 @@ import train
 from methods import supervised
 from methods.method import Method, Phase
 from trainer import loop, optimizer, plan, recipe, sharding
-from trainer.flops import count_flops
+from trainer.program import count_flops
 from trainer.state import make_init, make_step
 
 ROWS, STEPS, RATE = 16, 4, 0.05
