@@ -24,5 +24,6 @@ def recipes() -> str:
     lines.append(textwrap.fill(variants, 96, initial_indent="    ", subsequent_indent="    ",
                                break_on_hyphens=False, break_long_words=False))
     shown.append("\n".join(lines))
-  return "\n".join([*shown, "", "python train.py --config=configs/NAME.py[:VARIANT], with --help for "
-                    "its fields; :smoke takes seconds."])
+  usage = ("python train.py --config=configs/NAME.py[:VARIANT]; with --help its fields, and "
+           ":smoke takes seconds.")
+  return "\n".join([*shown, "", usage])
