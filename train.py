@@ -32,7 +32,7 @@ def parse_overrides(rest: list[str], parser: argparse.ArgumentParser) -> dict[st
 
 def show_help(args, parser: argparse.ArgumentParser) -> int:
   if not args.help:
-    parser.error("the following arguments are required: --config")
+    parser.error("the following arguments are required: --config; --list names the recipes")
   print(parser.format_help())
   if args.config:
     from trainer import help
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("-h", "--help", action="store_true",
                       help="with --config: every field of every section of that recipe")
+  parser.add_argument("--list", action="store_true", help="the recipes and variants there are")
   parser.add_argument("--config", help="configs/NAME.py or configs/NAME.py:VARIANT")
   parser.add_argument("--print_config", action="store_true",
                       help="print the completed config and what would run, and stop")
@@ -58,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
   environment.add_flags(parser)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, parser)
+  if args.list:
+    from trainer import listing
+    print(listing.recipes())
+    return 0
   if args.help or not args.config:
     return show_help(args, parser)
 

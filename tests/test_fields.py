@@ -119,6 +119,16 @@ def test_help_lists_every_field_of_a_recipe(capsys):
   assert "--workdir" in capsys.readouterr().out
 
 
+def test_list_names_every_recipe_and_variant(capsys):
+  assert train.main(["--list"]) == 0
+  out = capsys.readouterr().out
+  for path in (ROOT / "configs").glob("*.py"):
+    assert (f"configs/{path.name}  " in out) == (path.name != "base.py")
+  assert "configs/mae.py  Masked autoencoder pre-training (2111.06377).\n" in out
+  assert "    reaches linear probe 0.49 +- 0.01" in out and ":imagenet_b16" in out
+  assert max(map(len, out.splitlines())) <= 120
+
+
 def test_print_config_writes_nothing(tmp_path, capsys):
   flags = [f"--config={ROOT}/configs/mae.py:smoke", f"--workdir={tmp_path}/run",
            "--config.model.width=48", "--print_config"]
