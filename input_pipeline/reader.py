@@ -17,8 +17,20 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from input_pipeline import geometry, kinds, order, reading
-from input_pipeline.records import BadRecord, Feature, Info, captions, nearest, scan
+from input_pipeline import decode, geometry, order, reading
+from input_pipeline.records import (
+  SIDES,
+  VIEWS,
+  BadRecord,
+  Feature,
+  Info,
+  at_size,
+  captions,
+  is_moved,
+  native_size,
+  nearest,
+  scan,
+)
 
 
 class Data(NamedTuple):
@@ -103,11 +115,10 @@ class Reader:
     shape = self.info.image_shape[:2]
     if None not in shape:
       return shape
-    from input_pipeline.decode import header
     sides = []
     for record in scan(self.splits[self.train_split], 64):
       with contextlib.suppress(BadRecord):
-        sides.append(min(header(record)[:2]))
+        sides.append(min(decode.header(record)[:2]))
     return (int(np.median(sides)),) * 2
 
   def carrying(self, names: Iterable[str] | None = None) -> Data:
@@ -119,8 +130,8 @@ class Reader:
     reader.features = {name: x for name, x in carried.items() if x.kind not in ("text", "latent")}
     has_latent = any(x.kind == "latent" for x in carried.values())
     reader.latents = self.options.latents if has_latent else None
-    reader.moved = any(map(kinds.is_moved, reader.features.values()))
-    reader.native = kinds.native_size(carried)
+    reader.moved = any(map(is_moved, reader.features.values()))
+    reader.native = native_size(carried)
     reader.views = _at_size(self.views, carried, self.source)
     # Said once, and not for every example.
     reader.cut = {is_train: reader.moves(is_train) for is_train in (True, False)}
@@ -180,7 +191,11 @@ class Reader:
 
   def parse(self, record, looks=(), coarse: bool = False) -> dict[str, np.ndarray]:
     """A record as arrays: what is seen of it, or all; its captions. Raises BadRecord."""
-    result = kinds.read(record, self.features, looks, coarse)
+    if looks:
+      from input_pipeline import viewing
+      result = viewing.read(record, self.features, looks, coarse)
+    else:
+      result = decode.read(record, self.features)
     if self.latents:
       from input_pipeline.latents import read_latent
       result["image"] = read_latent(record, self.latents)
@@ -271,11 +286,12 @@ class Reader:
     """A batch from memory with what is seen of it."""
     if not looks or not looks[0]:
       return batch
-    moved = {name for name in self.features if kinds.is_moved(self.features[name])}
+    from input_pipeline import viewing
+    moved = {name for name in self.features if is_moved(self.features[name])}
 
     def rows(part):
-      return [kinds.see({name: batch[name][i] for name in moved}, self.features,
-                        kinds.once(looks[i]))
+      return [viewing.see({name: batch[name][i] for name in moved}, self.features,
+                        viewing.once(looks[i]))
               for i in part]
 
     parts = [range(i, min(i + 8, len(looks))) for i in range(0, len(looks), 8)]
@@ -288,9 +304,9 @@ def _at_size(views: Sequence[geometry.View], features: Mapping[str, Feature],
              source: str) -> list[geometry.View]:
   """The views, with the images' own size where they say none. Raises ValueError."""
   is_latent = any(feature.kind == "latent" for feature in features.values())
-  if not is_latent and not any(feature.kind in kinds.SIDES for feature in features.values()):
+  if not is_latent and not any(feature.kind in SIDES for feature in features.values()):
     return [*views]
-  native = features["image"].shape[:2] if is_latent else kinds.native_size(features)
+  native = features["image"].shape[:2] if is_latent else native_size(features)
   if native is None and any(view.image_size is None for view in views):
     raise ValueError("augment.image_size=None, but the images are of several sizes: set it")
   views = [view._replace(image_size=view.image_size or native) for view in views]
@@ -305,14 +321,14 @@ def make_spec(features: Mapping[str, Feature], batch_size: int, sizes: Sequence,
               latents: str | None = None) -> dict[str, jax.ShapeDtypeStruct]:
   """The shapes of a global training batch; `sizes` are those of its views."""
   spec = {}
-  for view, size in zip(kinds.VIEWS, sizes):
+  for view, size in zip(VIEWS, sizes):
     for name, feature in features.items():
-      shape = kinds.at_size(feature, size)
+      shape = at_size(feature, size)
       if feature.kind == "latent" and latents != "mean":
         shape = (*shape[:2], 2 * shape[2])
       if feature.kind == "text" and tokens:
         spec[name] = jax.ShapeDtypeStruct((batch_size, tokens.context), np.int32)
-      elif feature.kind != "text" and (not view or kinds.is_moved(feature)):
+      elif feature.kind != "text" and (not view or is_moved(feature)):
         spec[name + view] = jax.ShapeDtypeStruct((batch_size, *shape), np.dtype(feature.dtype))
   return spec
 

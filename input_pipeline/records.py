@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 log = logging.getLogger("vitrine")
 
-
 KINDS = ("image", "label", "text", "mask", "boxes", "frames", "depth", "audio", "points", "latent")
+SIDES = {"image": 0, "frames": 1, "mask": 0, "depth": 0}  # the first axis of height and width
+ALWAYS = ("label", "text")  # small, and of use to evaluations whatever the method needs
+HINTS = {"text": "; data.tokenizer makes token ids of it"}  # where batches lack it
+VIEWS = ("", "_2")  # what the name of a feature ends with, by view
 
 
 class Feature(NamedTuple):
-  """One named thing that a record holds; `kinds.py` says how each kind is read and moved."""
+  """One named thing that a record holds; `decode` reads each kind, `viewing` moves it."""
   shape: tuple[int | None, ...]  # of one example; None, of an image's sides, where they differ
   dtype: Any
   kind: str  # one of KINDS
@@ -45,7 +48,7 @@ def describe(features: Mapping[str, Feature], num_examples: Mapping[str, int], f
 class Source(NamedTuple):
   """`splits[name][i]` is a record: {feature: its value, "name": what errors call the record}.
 
-  A value is an array, or what `kinds.read` makes one of: of an image, mask or depth encoded bytes
+  A value is an array, or what `decode.read` makes one of: of an image, mask or depth encoded bytes
   or their file, of a text a str or a tuple of several, of a label an int."""
   splits: Mapping[str, Sequence]
   info: Info
@@ -58,6 +61,27 @@ def image_features(shape: tuple, num_classes: int = 0, kind: str = "image",
   if num_classes:
     features["label"] = Feature((), "int32", "label", num_classes)
   return features | ({"text": Feature((), "str", "text")} if text else {})
+
+
+def is_moved(feature: Feature) -> bool:
+  """Whether geometry moves it: points of three coordinates are a cloud, which no image shows."""
+  return feature.kind in (*SIDES, "boxes") or feature.kind == "points" and feature.shape[-1] == 2
+
+
+def native_size(features: Mapping[str, Feature]) -> tuple[int, int] | None:
+  """(height, width) of what geometry moves; None where they differ, or where there is nothing."""
+  sizes = {feature.shape[SIDES[feature.kind]:][:2] for feature in features.values()
+           if feature.kind in SIDES}
+  size = sizes.pop() if len(sizes) == 1 else (None, None)
+  return None if None in size else size
+
+
+def at_size(feature: Feature, size: Sequence[int] | None) -> tuple[int, ...]:
+  """The shape of one example that is seen at a size."""
+  if feature.kind not in SIDES or size is None:
+    return feature.shape
+  first = SIDES[feature.kind]
+  return (*feature.shape[:first], *size, *feature.shape[first + 2:])
 
 
 class BadRecord(ValueError):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline import decode, geometry, records
+from input_pipeline import decode, geometry, records, viewing
 from input_pipeline.sources import open_source
 from input_pipeline.sources import tfds as tfds_source
 
@@ -285,7 +285,7 @@ def test_decode_scales_16_bits_and_lays_transparency_on_white():
 
 def seen(record, channels, box, size, coarse=False, **options):
   look = geometry.Look(lambda h, w: geometry.Cut(box, size), "bicubic", **options)
-  return decode.decode_looks(record, channels, [look], coarse)[0]
+  return viewing.decode_looks(record, channels, [look], coarse)[0]
 
 
 def test_decode_box_and_size_are_pillows_crop_and_resize():
@@ -301,8 +301,8 @@ def test_jpeg_draft_keeps_the_picture(monkeypatch):
   y, x = np.mgrid[:800, :1000]
   array = np.stack([127 + 100 * np.sin(x / 60), 127 + 100 * np.cos(y / 45), (x + y) / 8], -1)
   record = {"image": encoded(array.astype(np.uint8), "jpeg", quality=95), "name": ""}
-  decoded, resize = [], geometry._resize
-  monkeypatch.setattr(geometry, "_resize",
+  decoded, resize = [], viewing._resize
+  monkeypatch.setattr(viewing, "_resize",
                       lambda image, *a: decoded.append(image.size) or resize(image, *a))
   image = seen(record, 3, (100, 200, 500, 600), (96, 96), coarse=True, exact=False)
   assert decoded == [(250, 200)]  # a quarter: 500 x 600 becomes 125 x 150, still >= 96

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import geometry, kinds
+from input_pipeline import geometry
 from input_pipeline.augment import Augment
+from input_pipeline.records import is_moved
 
 PARTNERS = ("mirror", "previous")  # of `mixing.mix`, as timm and as big_vision
 
@@ -176,7 +177,7 @@ def make(*, second_view: Mapping | None = None, batch_size: int | None = None,
     ValueError: as these; a field of second_view is named augment.second_view.FIELD.
   """
   others = {name: feature.kind for name, feature in features.items()
-            if name != "image" and kinds.is_moved(feature)}
+            if name != "image" and is_moved(feature)}
 
   def one(section, fields):
     cut = {name: value for name, value in fields.items() if name in geometry.View._fields}
