@@ -9,9 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline import decode, geometry, records, viewing
+from input_pipeline import decode, geometry, prepared, records, viewing
 from input_pipeline.sources import open_source
-from input_pipeline.sources import tfds as tfds_source
 
 
 def encoded(array, kind="png", **options):
@@ -258,7 +257,7 @@ def test_a_set_that_cannot_be_prepared_is_named(tmp_path, monkeypatch):
 def test_ambiguous_features_are_listed():
   features = {"left": tfds.features.Image(), "right": tfds.features.Image()}
   with pytest.raises(ValueError, match="several features could be the image: left, right"):
-    tfds_source._feature(features, ("image",), tfds.features.Image)
+    prepared._feature(features, ("image",), tfds.features.Image)
 
 
 @pytest.mark.parametrize("shape, channels", [
