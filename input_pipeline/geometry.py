@@ -7,11 +7,13 @@ from the random generator that the caller gives, one for each (seed, position) o
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from input_pipeline.records import SIDES, Feature, native_size
 
 FILTERS = {name: (getattr(Image.Resampling, pillow), fast) for name, pillow, fast in (
   ("linear", "BILINEAR", "bilinear"), ("bilinear", "BILINEAR", "bilinear"),
@@ -100,6 +102,23 @@ def views(augment: Mapping) -> tuple[View, ...]:
     return made
   other = {name: second[name] for name in View._fields if name in second}
   return *made, view("augment.second_view", **first | other)
+
+
+def at_native_size(views: Sequence[View], features: Mapping[str, Feature],
+                   source: str) -> list[View]:
+  """The views, with the images' own size where they say none. Raises ValueError."""
+  is_latent = any(feature.kind == "latent" for feature in features.values())
+  if not is_latent and not any(feature.kind in SIDES for feature in features.values()):
+    return [*views]
+  native = features["image"].shape[:2] if is_latent else native_size(features)
+  if native is None and any(view.image_size is None for view in views):
+    raise ValueError("augment.image_size=None, but the images are of several sizes: set it")
+  views = [view._replace(image_size=view.image_size or native) for view in views]
+  if is_latent and (len(views) > 1 or any(
+      moves(views[0], *native, is_train) for is_train in (True, False))):
+    raise ValueError(f"augment: the latents of {source!r} are {native[0]}x{native[1]} and are not "
+                     "cropped or resized: set no other image_size, no crop_area, no second_view")
+  return views
 
 
 # --- Boxes ----------------------------------------------------------------------------------------

@@ -126,15 +126,6 @@ def fault(caption: str) -> str:
   return "" if caption.strip() else "empty"
 
 
-def captions(record: Mapping[str, Any]) -> tuple[str, ...]:
-  """The captions of a record. Raises BadRecord if there are none, or one is empty or not UTF-8."""
-  found = (record["text"],) if isinstance(record["text"], str) else record["text"]
-  for caption in found or ("",):
-    if why := fault(caption):
-      raise BadRecord("unusable text", f"{record['name']}: a caption is {why}: {caption!r}")
-  return found
-
-
 def fingerprint(*content) -> str:
   """Of what can be said in JSON: the same where the same is said."""
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -71,7 +71,7 @@ class Renumbered(Sequence):
 
 
 def with_classes(reader, classes: Sequence[str]):
-  """A `reader.Reader` whose labels count the classes as a run does that knows `classes`, by name.
+  """A `batches.Reader` whose labels count the classes as a run does that knows `classes`, by name.
 
   Raises ValueError where the data has a class without a name, or of a name that is not one of them.
   """

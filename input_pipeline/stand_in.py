@@ -1,7 +1,7 @@
 """Data that has shapes and cannot be read: for planning a run where its data set is not."""
 
 from input_pipeline import records
-from input_pipeline.reader import Data, make_spec
+from input_pipeline.batches import Data, make_spec
 from input_pipeline.sources import find
 
 

@@ -5,15 +5,19 @@ is taken, boxes and points are placed anew. A place is (y, x) in pixels, a box (
 right); a row of -1 is none, and what a look does not show becomes one.
 """
 
+import contextlib
+import itertools
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from input_pipeline import decode, geometry
-from input_pipeline.records import SIDES, VIEWS, BadRecord, Feature, is_moved
+from input_pipeline.records import SIDES, VIEWS, BadRecord, Feature, is_moved, scan
 
 try:
   import cykooz_resizer
@@ -96,6 +100,29 @@ def see(arrays: Mapping[str, np.ndarray], features: Mapping[str, Feature],
     for name in moved:  # boxes and points last: they are cut as what has sides was
       result[name + view] = _seen(arrays[name], features[name].kind, look)
   return result
+
+
+def see_all(batch: dict[str, np.ndarray], features: Mapping[str, Feature],
+            looks: Sequence[Sequence[geometry.Look]]) -> dict[str, np.ndarray]:
+  """A batch of whole arrays with what is seen of it; `looks` are those of each example."""
+  moved = {name for name in features if is_moved(features[name])}
+
+  def rows(part):
+    return [see({name: batch[name][i] for name in moved}, features, once(looks[i])) for i in part]
+
+  parts = [range(i, min(i + 8, len(looks))) for i in range(0, len(looks), 8)]
+  with ThreadPoolExecutor(os.cpu_count()) as pool:
+    seen = [*itertools.chain.from_iterable(pool.map(rows, parts))]
+  return batch | {name: np.stack([row[name] for row in seen]) for name in seen[0]}
+
+
+def typical_side(split: Sequence) -> int:
+  """The median shorter side of the images of a split, by a spread of them."""
+  sides = []
+  for record in scan(split, 64):
+    with contextlib.suppress(BadRecord):
+      sides.append(min(decode.header(record)[:2]))
+  return int(np.median(sides))
 
 
 def _seen(array: np.ndarray, kind: str, look: geometry.Look) -> np.ndarray:

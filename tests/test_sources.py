@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from input_pipeline import decode, geometry, prepared, records, viewing
+from input_pipeline.captions import captions_of
 from input_pipeline.sources import open_source
 
 
@@ -234,7 +235,7 @@ def test_tfds_captions_are_checked(tmp_path, monkeypatch, captions, match):
   builder.download_and_prepare(file_format="array_record")
   record = open_source(f"tfds:{builder.data_dir}").splits["train"][0]
   with pytest.raises(records.BadRecord, match=f"pairs/1.0.0 train#0: a caption is {match}"):
-    records.captions(record)
+    captions_of(record)
 
 
 def test_tfds_folder_errors(pairs, tmp_path):

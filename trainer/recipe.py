@@ -151,7 +151,7 @@ def make_method(config: ConfigDict):
 
 
 def open_data(config: ConfigDict, data_dir: str | None):
-  """The data, opened, with the cuts of config.augment: an `input_pipeline.reader.Reader`."""
+  """The data, opened, with the cuts of config.augment: an `input_pipeline.batches.Reader`."""
   return fields.call(batches.open_data, config.data, "data",
                      data_dir=data_dir, seed=config.seed, views=make_views(config))
 
