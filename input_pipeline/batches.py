@@ -14,7 +14,16 @@ import jax
 import numpy as np
 
 from input_pipeline import decode, geometry, order, reading
-from input_pipeline.records import VIEWS, Feature, Info, at_size, is_moved, native_size, nearest
+from input_pipeline.records import (
+  VIEWS,
+  Feature,
+  Info,
+  at_size,
+  is_moved,
+  listed,
+  native_size,
+  nearest,
+)
 from input_pipeline.sources import open_source
 
 
@@ -311,7 +320,7 @@ def make_spec(features: Mapping[str, Feature], batch_size: int, sizes: Sequence,
 
 def check_split(field: str, split: str, splits) -> None:
   if split not in splits:
-    raise ValueError(f"{field}={split!r} is not a split; {nearest(str(split), (*splits,))}")
+    raise ValueError(f"{field}={split!r} is not a split; {nearest(split, splits, listed(splits))}")
 
 
 def check_least(field: str, value: int, least: int) -> None:

@@ -5,7 +5,6 @@ that the same settings always give the same pixels: `viewing` makes them. Which 
 from the random generator that the caller gives, one for each (seed, position) of a run.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from input_pipeline.records import SIDES, Feature, native_size
+from input_pipeline.records import SIDES, Feature, native_size, nearest
 
 FILTERS = {name: (getattr(Image.Resampling, pillow), fast) for name, pillow, fast in (
   ("linear", "BILINEAR", "bilinear"), ("bilinear", "BILINEAR", "bilinear"),
@@ -57,9 +56,8 @@ class Look(NamedTuple):
 def check(section: str, ok: bool, field: str, value: Any, allowed: str, names=()) -> None:
   """Raises ValueError in the config's words unless `ok`."""
   if not ok:
-    near = difflib.get_close_matches(str(value), names, 1)
-    raise ValueError(f"{section}.{field} = {value!r}: must be {allowed}"
-                     + (f"; did you mean {near[0]!r}?" if near else ""))
+    raise ValueError(f"{section}.{field} = {value!r}: "
+                     + nearest(value, names, f"must be {allowed}"))
 
 
 def is_range(value: Any, high: float = math.inf) -> bool:

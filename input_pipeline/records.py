@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -99,10 +99,19 @@ def tell_skipped(errors: Sequence[BadRecord], source: str) -> None:
                 source, ", ".join(f"{kind} {n}" for kind, n in kinds.items()), errors[0])
 
 
-def nearest(name: str, allowed: Sequence[str]) -> str:
-  """The end of an error message: what is allowed, and the nearest spelling to `name`."""
-  close = get_close_matches(name, allowed, 1)
-  return f"allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
+def listed(allowed: Iterable) -> str:
+  return f"allowed: {', '.join(map(str, allowed))}"
+
+
+def nearest(name: Any, allowed: Collection, said: str | None = None) -> str:
+  """The end of an error message: the nearest spelling to `name`, if any of `allowed` is near it.
+
+  Before it comes what is `said` of them; None: they are listed where none is near.
+  """
+  close = get_close_matches(str(name), [*map(str, allowed)], 1)
+  if not close:
+    return listed(allowed) if said is None else said
+  return ("" if said is None else f"{said}; ") + f"did you mean {close[0]!r}?"
 
 
 def scan(split, limit: int | None = None) -> Iterator[dict]:

@@ -1,6 +1,5 @@
 """Two views of each image, for contrastive learning: a recipe and the one that differs from it."""
 
-import difflib
 import functools
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 
 from input_pipeline import geometry
+from input_pipeline.records import nearest
 
 # By two views.
 SHARED = ("eval_crop", "eval_squash", "mixup", "cutmix", "mix_prob", "mix_size", "mix_partner")
@@ -24,9 +24,8 @@ def check(second_view: Any, fields: Mapping, known: Collection[str]) -> None:
   allowed = sorted({*known} - {*SHARED})
   for name in second_view:
     if name not in allowed:
-      near = difflib.get_close_matches(name, allowed, 1)
       raise ValueError(f"augment.second_view.{name}: two views differ in no such field; "
-                       + (f"did you mean {near[0]!r}?" if near else f"allowed: {allowed}"))
+                       + nearest(name, allowed))
   for name in ("mixup", "cutmix"):
     check(not fields.get(name), name, fields.get(name), "0 with a second_view")
 

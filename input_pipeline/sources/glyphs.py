@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from input_pipeline import prepared
-from input_pipeline.records import Source, nearest
+from input_pipeline.records import Source, listed, nearest
 
 NEEDS_REST = False  # `glyphs` alone is all of them
 
@@ -80,8 +80,9 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
 def _builder(name: str, data_dir: str | None) -> Glyphs:
   name = name or "all"
   if name not in Glyphs.builder_configs:
+    known = tuple(Glyphs.builder_configs)
     raise ValueError(f"data.source={'glyphs/' + name!r}: no such configuration {name!r}; "
-                     + nearest(name, tuple(Glyphs.builder_configs)))
+                     + nearest(name, known, listed(known)))
   return Glyphs(config=name, data_dir=data_dir)
 
 

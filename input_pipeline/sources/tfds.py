@@ -1,12 +1,11 @@
 """Sets of tensorflow-datasets, by name or by place; prepared on first use, without TensorFlow."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
 from input_pipeline.prepared import open_builder
-from input_pipeline.records import Source
+from input_pipeline.records import Source, nearest
 
 NEEDS_REST = True
 
@@ -39,11 +38,9 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as e:
     known = tfds.list_builders(with_community_datasets=False)
-    close = get_close_matches(name.split("/")[0], known, 1)
-    raise ValueError(
-      f"data.source='tfds:{name}': TFDS knows no such data set, and none is prepared in "
-      f"{data_dir or tfds.core.constants.DATA_DIR}"
-      + (f"; did you mean {close[0]!r}?" if close else "")) from e
+    raise ValueError(f"data.source='tfds:{name}': " + nearest(
+      name.split("/")[0], known, "TFDS knows no such data set, and none is prepared in "
+      f"{data_dir or tfds.core.constants.DATA_DIR}")) from e
   except (ValueError, AssertionError) as e:  # an unknown configuration or version
     raise ValueError(f"data.source='tfds:{name}': {e}") from e
   prepare(builder)
