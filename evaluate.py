@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
   import jax
 
   from trainer import checkpoints, evaluation, recipe, transfer
+  from trainer.config import scheme
   from trainer.logging import print_evaluations
   try:
     run = checkpoints.load_run(args.workdir, args.step)
@@ -126,8 +127,8 @@ def main(argv: list[str] | None = None) -> int:
       config.model.image_size = None  # that of the images as they will be
     for key, value in overrides.items():
       recipe.override(config, key, value)
-    if "data.source" in overrides and "data.held_out" not in overrides and str(
-        config.data.source).startswith("folder:"):
+    if "data.source" in overrides and "data.held_out" not in overrides and scheme(
+        config.data.source) == "folder":
       config.data.held_out = None  # a share of the run's own images, not of others
     data = with_classes_of(run, recipe.open_data(recipe.networks.fill(config), args.data_dir))
     built = recipe.build(config, args.data_dir, data=data)

@@ -1,19 +1,19 @@
-"""Encoded images to pixels: all of one, or only what is looked at."""
+"""Records to arrays: encoded images to pixels, and whatever else a record holds, whole."""
 
 import contextlib
 import io
-import math
+import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from input_pipeline import geometry
-from input_pipeline.records import BadRecord
+from input_pipeline.records import BadRecord, Feature
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name by number of channels
 ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
 # Its values -> what sets the stored pixels upright; 1 is as stored.
 TURNS = {value: getattr(Image.Transpose, name) for value, name in {
@@ -36,37 +36,14 @@ def decode(record: Mapping[str, Any], channels: int) -> np.ndarray:
   """
   with opened(record) as image:
     turn = upright(image)
-    return _array(_converted(_turned(_jpeg(image, (0, 0)), turn), channels), channels)
+    return pixels(converted(turned(jpeg(image, (0, 0)), turn), channels), channels)
 
 
 def header(record: Mapping[str, Any]) -> tuple[int, int, int]:
   """(h, w, c) of a record's upright image, from its header. Raises as `decode`."""
   with opened(record) as image:
     grey = image.mode in ("1", "L") or "I" in image.mode
-    return *_sides(image, upright(image)), 1 if grey else 3
-
-
-def decode_looks(record: Mapping[str, Any], channels: int, looks: Sequence[geometry.Look],
-                 coarse: bool = False) -> list[np.ndarray]:
-  """Decodes a record once, for what each look sees of it: uint8 (h, w, c).
-
-  With `coarse`, a JPEG is decoded only as finely as the looks need: at 1/2, 1/4 or 1/8 while each
-  box stays at least as large as what it is resized to. Raises as `decode`.
-  """
-  with opened(record) as image:
-    stored, turn = image.size, upright(image)
-    full_h, full_w = _sides(image, turn)
-    cuts = [look.cut(full_h, full_w) for look in looks]
-    drafted = None
-    if coarse:
-      least = (max(math.ceil(full_w * cut.size[1] / cut.box[3]) for cut in cuts),
-               max(math.ceil(full_h * cut.size[0] / cut.box[2]) for cut in cuts))
-      drafted = image.draft(None, least[::-1] if turn in SIDEWAYS else least)
-    image = _jpeg(image, image.size if image.size != stored else (0, 0))
-    image = _converted(_turned(image, turn), channels)
-    scale = drafted[1][2] / stored[0] if drafted else 1  # exact; the sides are rounded up
-    return [_array(geometry.see(image, cut, look.interpolation, look.exact, scale), channels)
-            for cut, look in zip(cuts, looks)]
+    return *sides(image, upright(image)), 1 if grey else 3
 
 
 def upright(image: Image.Image) -> Image.Transpose | None:
@@ -93,12 +70,13 @@ def _has_late_exif(image: Image.Image) -> bool:
   return kind == b"eXIf"
 
 
-def _sides(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
+def sides(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
   """(height, width) of an image once it is turned."""
   return image.size if turn in SIDEWAYS else image.size[::-1]
 
 
-def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+def turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+  """The image set upright by what `upright` found."""
   return image if turn is None else image.transpose(turn)
 
 
@@ -110,22 +88,24 @@ def _check_depth(image: Image.Image):
                      "write it anew with 8 or 16 bits, scaled as is right for what it shows")
 
 
-def _converted(image: Image.Image, channels: int) -> Image.Image:
+def converted(image: Image.Image, channels: int) -> Image.Image:
+  """The image in 8 bits and that many channels, transparency laid on white where they are not 4."""
   if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip, not scale
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   if channels < 4 and image.has_transparency_data:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-  mode = geometry.MODES[channels]
+  mode = MODES[channels]
   return image if image.mode == mode else image.convert(mode)
 
 
-def _array(pixels: Any, channels: int) -> np.ndarray:
-  pixels = np.asarray(pixels)
-  return pixels.reshape(*pixels.shape[:2], channels)
+def pixels(image: Any, channels: int) -> np.ndarray:
+  """An image's pixels, uint8 (h, w, c)."""
+  array = np.asarray(image)
+  return array.reshape(*array.shape[:2], channels)
 
 
-def _jpeg(image: Image.Image, least: tuple[int, int]) -> Image.Image:
+def jpeg(image: Image.Image, least: tuple[int, int]) -> Image.Image:
   """Decodes a JPEG in colour, at least as large as `least`: Pillow's pixels, in 2/3 of its time.
 
   Any other image comes back as it is; so does one with a fault, for Pillow to judge.
@@ -150,3 +130,50 @@ def opened(record: Mapping[str, Any]):
       yield image
   except Exception as e:
     raise BadRecord("undecodable image", f"cannot decode the image {record['name']}: {e}") from e
+
+
+# --- Features -------------------------------------------------------------------------------------
+
+def read(record: Mapping[str, Any], features: Mapping[str, Feature]) -> dict[str, np.ndarray]:
+  """A record's features but texts and latents, as whole arrays.
+
+  Raises BadRecord, which names the record, where one cannot be read or is not as declared.
+  """
+  return {name: whole(record, name, feature) for name, feature in features.items()}
+
+
+def whole(record: Mapping[str, Any], name: str, feature: Feature) -> np.ndarray:
+  """One feature of a record; raises as `read`."""
+  if name not in record:
+    raise BadRecord(f"no {name}", f"{record['name']} has no {name!r}, which its source declares")
+  value = record[name]
+  if feature.kind == "image" and not isinstance(value, np.ndarray):
+    return decode(record | {"image": value}, feature.shape[2])
+  try:
+    array = _value(value, feature)
+  except Exception as e:
+    raise BadRecord(f"unreadable {feature.kind}", f"cannot read the {name} of {record['name']}: {e}"
+                    ) from e
+  wanted = feature.shape
+  if len(array.shape) != len(wanted) or any(
+      n not in (None, m) for n, m in zip(wanted, array.shape)):
+    raise BadRecord(f"unreadable {feature.kind}", f"the {name} of {record['name']} is "
+                    f"{array.shape}, where the source says {wanted}")
+  return array
+
+
+def _value(value: Any, feature: Feature) -> np.ndarray:
+  """A value as an array: of an encoded image the numbers that it stores, of a file its array."""
+  if isinstance(value, str | os.PathLike) and str(value).endswith(".npy"):
+    value = np.load(value, allow_pickle=False)
+  elif isinstance(value, bytes | str | os.PathLike):
+    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+      value = np.asarray(image)
+  array = np.asarray(value).astype(feature.dtype)
+  if feature.kind in ("boxes", "points", "label") and feature.shape and feature.shape[0]:
+    array = array.reshape(-1, *feature.shape[1:])
+    missing = feature.shape[0] - len(array)
+    if missing < 0:
+      raise ValueError(f"{len(array)} rows, where the source says {feature.shape[0]} at most")
+    array = np.concatenate([array, np.full((missing, *feature.shape[1:]), -1, feature.dtype)])
+  return array

@@ -1,11 +1,10 @@
 """What of an image is seen, and at which size: random crops, and the cut that evaluation makes.
 
-Everything is cut here, on the host, whether images come from memory, from files or from a notebook,
-so that the same settings always give the same pixels. Which box is drawn follows from the random
-generator that the caller gives, one for each (seed, position) of a run.
+Everything is cut on the host, whether images come from memory, from files or from a notebook, so
+that the same settings always give the same pixels: `viewing` makes them. Which box is drawn follows
+from the random generator that the caller gives, one for each (seed, position) of a run.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,15 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-try:
-  import cykooz_resizer
-except ImportError:  # no wheel for this kind of machine
-  cykooz_resizer = None
+from input_pipeline.records import SIDES, Feature, native_size, nearest
 
 FILTERS = {name: (getattr(Image.Resampling, pillow), fast) for name, pillow, fast in (
   ("linear", "BILINEAR", "bilinear"), ("bilinear", "BILINEAR", "bilinear"),
   ("bicubic", "BICUBIC", "catmull_rom"), ("lanczos3", "LANCZOS", "lanczos3"))}
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name by number of channels
 TRAIN_CROPS = ("centre", "random", "squash")
 
 
@@ -61,9 +56,8 @@ class Look(NamedTuple):
 def check(section: str, ok: bool, field: str, value: Any, allowed: str, names=()) -> None:
   """Raises ValueError in the config's words unless `ok`."""
   if not ok:
-    near = difflib.get_close_matches(str(value), names, 1)
-    raise ValueError(f"{section}.{field} = {value!r}: must be {allowed}"
-                     + (f"; did you mean {near[0]!r}?" if near else ""))
+    raise ValueError(f"{section}.{field} = {value!r}: "
+                     + nearest(value, names, f"must be {allowed}"))
 
 
 def is_range(value: Any, high: float = math.inf) -> bool:
@@ -106,6 +100,23 @@ def views(augment: Mapping) -> tuple[View, ...]:
     return made
   other = {name: second[name] for name in View._fields if name in second}
   return *made, view("augment.second_view", **first | other)
+
+
+def at_native_size(views: Sequence[View], features: Mapping[str, Feature],
+                   source: str) -> list[View]:
+  """The views, with the images' own size where they say none. Raises ValueError."""
+  is_latent = any(feature.kind == "latent" for feature in features.values())
+  if not is_latent and not any(feature.kind in SIDES for feature in features.values()):
+    return [*views]
+  native = features["image"].shape[:2] if is_latent else native_size(features)
+  if native is None and any(view.image_size is None for view in views):
+    raise ValueError("augment.image_size=None, but the images are of several sizes: set it")
+  views = [view._replace(image_size=view.image_size or native) for view in views]
+  if is_latent and (len(views) > 1 or any(
+      moves(views[0], *native, is_train) for is_train in (True, False))):
+    raise ValueError(f"augment: the latents of {source!r} are {native[0]}x{native[1]} and are not "
+                     "cropped or resized: set no other image_size, no crop_area, no second_view")
+  return views
 
 
 # --- Boxes ----------------------------------------------------------------------------------------
@@ -175,85 +186,3 @@ def moves(view: View, height: int, width: int, is_train: bool) -> bool:
     return for_evaluation(view, height, width) != whole
   drawn = view.crop_area is not None or bool(view.crop_padding)
   return drawn or for_training(view, np.random.default_rng(0), height, width) != whole
-
-
-# --- Pixels ---------------------------------------------------------------------------------------
-
-def see(image: Image.Image, cut: Cut, interpolation: str, exact: bool = True,
-        scale: float = 1.0) -> np.ndarray:
-  """The cut of an image, uint8 (h, w) or (h, w, c); `scale` is its size, of that of the box."""
-  if cut.box != (0, 0, image.height, image.width) or cut.size != (image.height, image.width):
-    image = _resize(image, cut.size, interpolation, exact, *(side * scale for side in cut.box))
-  return _window(np.asarray(image), cut)
-
-
-def _window(array: np.ndarray, cut: Cut) -> np.ndarray:
-  """What is left of (h, w, ...) at the end of a cut: reflected at the edges, and cut to size."""
-  if cut.window is None:
-    return array
-  padding, top, left, height, width = cut.window
-  array = np.pad(array, ((padding, padding),) * 2 + ((0, 0),) * (array.ndim - 2), "reflect")
-  return array[top:top + height, left:left + width]
-
-
-def _resize(image, size, interpolation, exact, top, left, height, width):
-  pillow, fast = FILTERS[interpolation]
-  if exact or cykooz_resizer is None or image.mode == "RGBA":
-    return image.resize(size[::-1], pillow, box=(
-      left, top, min(left + width, image.width), min(top + height, image.height)))
-  box = cykooz_resizer.CropBox(
-    left, top, min(width, image.width - left), min(height, image.height - top))
-  how = cykooz_resizer.ResizeAlg.convolution(getattr(cykooz_resizer.FilterType, fast))
-  result = Image.new(image.mode, size[::-1])
-  cykooz_resizer.Resizer().resize_pil(
-    image, result, cykooz_resizer.ResizeOptions(how, crop_box=box))
-  return result
-
-
-def sample(array: np.ndarray, cut: Cut) -> np.ndarray:
-  """The cut of what stands at pixels but is no colour, (h, w, ...): the nearest pixel's value."""
-  def places(length, start, side, size):
-    at = np.floor(start + (np.arange(size) + 0.5) * side / size).astype(int)
-    return np.clip(at, 0, length - 1)
-
-  (h, w), (top, left, height, width) = array.shape[:2], cut.box
-  return _window(array[np.ix_(places(h, top, height, cut.size[0]),
-                              places(w, left, width, cut.size[1]))], cut)
-
-
-def place(points: np.ndarray, cut: Cut) -> np.ndarray:
-  """Where (..., 2) places (y, x), in pixels of the image, lie in the cut: in it or beside it."""
-  top, left, height, width = cut.box
-  placed = (points - np.float32((top, left))) * np.float32((cut.size[0] / height,
-                                                            cut.size[1] / width))
-  if cut.window is not None:
-    padding, top, left, _, _ = cut.window
-    placed = placed + np.float32((padding - top, padding - left))
-  return placed
-
-
-def see_array(image: np.ndarray, look: Look) -> np.ndarray:
-  """`see` of an image uint8 (h, w, c), of any number of channels."""
-  h, w, c = image.shape
-  cut = look.cut(h, w)
-  if c not in MODES:
-    return np.concatenate([see_array(plane, look._replace(cut=lambda h, w: cut))
-                           for plane in np.split(image, c, axis=2)], axis=2)
-  seen = see(Image.fromarray(image[..., 0] if c == 1 else image), cut, look.interpolation,
-             look.exact)
-  return seen.reshape(*seen.shape[:2], c)
-
-
-def evaluation_pixels(view: View, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-  """What evaluation sees, uint8 (b, h, w, c), of images uint8 (h, w, c), of one size or of several.
-
-  Raises ValueError where they are not uint8, or not images.
-  """
-  images = [*map(np.asarray, images)] if isinstance(images, list | tuple) else np.asarray(images)
-  for image in images:
-    if image.dtype != np.uint8 or image.ndim != 3:
-      raise ValueError(f"images must be uint8 [h, w, c], not {image.dtype} {list(image.shape)}")
-  if isinstance(images, np.ndarray) and not moves(view, *images.shape[1:3], is_train=False):
-    return images
-  look = Look(lambda h, w: for_evaluation(view, h, w), view.interpolation)
-  return np.stack([see_array(image, look) for image in images])

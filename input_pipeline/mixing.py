@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from input_pipeline import image_ops
+from input_pipeline import erasing
 
 PARTNERS = ("mirror", "previous")
 
@@ -23,7 +23,7 @@ def draw_share(key, height, width, mixup, cutmix, prob, partner):
     lengths = jnp.array([height, width])
     half = jnp.floor(lengths * jnp.sqrt(1 - jax.random.beta(cutmix_key, cutmix, cutmix))) // 2
     corner = jax.random.randint(place_key, (2,), 0, lengths) - half
-    box = image_ops.fill_box(ones, *corner, *(2 * half), 0.0)
+    box = erasing.fill_box(ones, *corner, *(2 * half), 0.0)
     take = ~jax.random.bernoulli(coin_key) if mixup else True
     own = jnp.where(take, box, own if mixup else 1.0)
     weight = jnp.where(take, box.mean(), weight if mixup else 1.0)

@@ -4,8 +4,7 @@ All randomness of the host is here: a stream of its own for each (seed, purpose,
 """
 
 import functools
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,12 +22,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
   return generator(seed, SHUFFLE, epoch).permutation(n)
 
 
-@functools.lru_cache(2)
-def _uniform(seed: int, epoch: int, n: int) -> np.ndarray:
-  return generator(seed, CAPTION, epoch).random(n)
-
-
-def _entry(table: Callable, position: np.ndarray, n: int, seed: int) -> np.ndarray:
+def entry(table: Callable, position: np.ndarray, n: int, seed: int) -> np.ndarray:
   """What stands at each position of the endless sequence of an epoch's tables of n entries."""
   epoch, offset = np.divmod(position, n)
   result = table(seed, int(np.max(epoch)), n)[offset]
@@ -39,20 +33,7 @@ def _entry(table: Callable, position: np.ndarray, n: int, seed: int) -> np.ndarr
 
 def shuffled(position: np.ndarray, *, n: int, seed: int) -> np.ndarray:
   """The example at each position of the endless sequence of epochs, each a permutation of n."""
-  return _entry(_permutation, position, n, seed)
-
-
-def uniform(position: np.ndarray, *, n: int, seed: int) -> np.ndarray:
-  """A number in [0, 1) for each position, that depends on nothing else."""
-  return _entry(_uniform, position, n, seed)
-
-
-def derangement(n: int, seed: int) -> np.ndarray:
-  """Another one of n for each of n, all different: the next one on a random round."""
-  order = generator(seed, PERMUTE, 0).permutation(n)
-  result = np.empty(n, int)
-  result[order] = np.roll(order, 1)
-  return result
+  return entry(_permutation, position, n, seed)
 
 
 def spread(n: int, limit: int) -> np.ndarray:
@@ -61,20 +42,6 @@ def spread(n: int, limit: int) -> np.ndarray:
   The first of a sorted split would be of its first classes alone.
   """
   return np.sort(generator(0, SPREAD, n).choice(n, min(limit, n), replace=False, shuffle=False))
-
-
-def find_favourites(captions: Iterable[tuple[str, ...]], pattern: str, share: float) -> np.ndarray:
-  """The numbers of the examples with a caption that `pattern` matches from its start."""
-  if not 0 < share < 1:
-    raise ValueError(f"data.favour_share={share}: expected a number in (0, 1)")
-  try:
-    matches = re.compile(pattern).match
-  except re.error as e:
-    raise ValueError(f"data.favour={pattern!r} is not a regular expression: {e}") from e
-  found = np.flatnonzero([any(map(matches, texts)) for texts in captions])
-  if not len(found):
-    raise ValueError(f"data.favour={pattern!r} matches no caption from its start")
-  return found
 
 
 def pick(position: np.ndarray, *, n: int, seed: int, repeats: int = 1, favourites=None,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import image_ops
+from input_pipeline import erasing
 
 TABLES = ("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
 BLENDS = ("color", "contrast", "brightness", "sharpness")
@@ -97,7 +97,7 @@ def operate(image, op, level, sign, place, fill, sampling, increasing=False):
           by_move(image, of_family[2], argument, fill, sampling)]
   if not pillow:
     pad = jnp.floor(argument["share"] * 40 * min(image.shape[:2]) / 224)
-    outs.append(image_ops.fill_box(image, *(place - pad), 2 * pad, 2 * pad, fill))
+    outs.append(erasing.fill_box(image, *(place - pad), 2 * pad, 2 * pad, fill))
   return jax.lax.select_n((of_family[1:] >= 0).sum(dtype=jnp.int32), *outs)
 
 

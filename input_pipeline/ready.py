@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import geometry, kinds
-from input_pipeline.records import Feature
+from input_pipeline import geometry, viewing
+from input_pipeline.records import SIDES, Feature, at_size, is_moved
 
 
 def batch_of(given: Mapping | Sequence[Mapping], features: Mapping[str, Feature],
@@ -25,7 +25,7 @@ def batch_of(given: Mapping | Sequence[Mapping], features: Mapping[str, Feature]
   Raises BadRecord, a ValueError, where a value is not what its feature is.
   """
   # The sizes are those of the data, and not of what comes.
-  free = {name: feature._replace(shape=kinds.at_size(feature, (None, None)))
+  free = {name: feature._replace(shape=at_size(feature, (None, None)))
           for name, feature in features.items()}
   look = geometry.Look(functools.partial(geometry.for_evaluation, view), view.interpolation)
   rows = [_row({"name": "the record given", **row}, free, look, tokenizer, latents)
@@ -37,7 +37,7 @@ def _row(record, features, look, tokenizer, latents) -> dict[str, np.ndarray]:
   told = {name: x for name, x in features.items() if name in record}
   arrays = {name: x for name, x in told.items() if x.kind not in ("text", "latent")}
   record = {name: np.asarray(x) if hasattr(x, "__array__") else x for name, x in record.items()}
-  row = kinds.read(record, arrays, [look] if any(map(kinds.is_moved, arrays.values())) else [])
+  row = viewing.read(record, arrays, [look] if any(map(is_moved, arrays.values())) else [])
   for name, feature in told.items():
     if feature.kind == "text" and tokenizer is not None:
       text = record[name]
@@ -67,5 +67,5 @@ def _rows(given, features) -> list[Mapping]:
 def _is_column(value: Any, feature: Feature | None) -> bool:
   """Whether a value is those of several examples."""
   if isinstance(value, list):
-    return feature is None or not feature.shape or feature.kind in (*kinds.SIDES, "latent")
+    return feature is None or not feature.shape or feature.kind in (*SIDES, "latent")
   return hasattr(value, "ndim") and value.ndim > (len(feature.shape) if feature else 0)

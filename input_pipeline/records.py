@@ -4,18 +4,21 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 log = logging.getLogger("vitrine")
 
-
 KINDS = ("image", "label", "text", "mask", "boxes", "frames", "depth", "audio", "points", "latent")
+SIDES = {"image": 0, "frames": 1, "mask": 0, "depth": 0}  # the first axis of height and width
+ALWAYS = ("label", "text")  # small, and of use to evaluations whatever the method needs
+HINTS = {"text": "; data.tokenizer makes token ids of it"}  # where batches lack it
+VIEWS = ("", "_2")  # what the name of a feature ends with, by view
 
 
 class Feature(NamedTuple):
-  """One named thing that a record holds; `kinds.py` says how each kind is read and moved."""
+  """One named thing that a record holds; `decode` reads each kind, `viewing` moves it."""
   shape: tuple[int | None, ...]  # of one example; None, of an image's sides, where they differ
   dtype: Any
   kind: str  # one of KINDS
@@ -45,7 +48,7 @@ def describe(features: Mapping[str, Feature], num_examples: Mapping[str, int], f
 class Source(NamedTuple):
   """`splits[name][i]` is a record: {feature: its value, "name": what errors call the record}.
 
-  A value is an array, or what `kinds.read` makes one of: of an image, mask or depth encoded bytes
+  A value is an array, or what `decode.read` makes one of: of an image, mask or depth encoded bytes
   or their file, of a text a str or a tuple of several, of a label an int."""
   splits: Mapping[str, Sequence]
   info: Info
@@ -58,6 +61,27 @@ def image_features(shape: tuple, num_classes: int = 0, kind: str = "image",
   if num_classes:
     features["label"] = Feature((), "int32", "label", num_classes)
   return features | ({"text": Feature((), "str", "text")} if text else {})
+
+
+def is_moved(feature: Feature) -> bool:
+  """Whether geometry moves it: points of three coordinates are a cloud, which no image shows."""
+  return feature.kind in (*SIDES, "boxes") or feature.kind == "points" and feature.shape[-1] == 2
+
+
+def native_size(features: Mapping[str, Feature]) -> tuple[int, int] | None:
+  """(height, width) of what geometry moves; None where they differ, or where there is nothing."""
+  sizes = {feature.shape[SIDES[feature.kind]:][:2] for feature in features.values()
+           if feature.kind in SIDES}
+  size = sizes.pop() if len(sizes) == 1 else (None, None)
+  return None if None in size else size
+
+
+def at_size(feature: Feature, size: Sequence[int] | None) -> tuple[int, ...]:
+  """The shape of one example that is seen at a size."""
+  if feature.kind not in SIDES or size is None:
+    return feature.shape
+  first = SIDES[feature.kind]
+  return (*feature.shape[:first], *size, *feature.shape[first + 2:])
 
 
 class BadRecord(ValueError):
@@ -75,10 +99,19 @@ def tell_skipped(errors: Sequence[BadRecord], source: str) -> None:
                 source, ", ".join(f"{kind} {n}" for kind, n in kinds.items()), errors[0])
 
 
-def nearest(name: str, allowed: Sequence[str]) -> str:
-  """The end of an error message: what is allowed, and the nearest spelling to `name`."""
-  close = get_close_matches(name, allowed, 1)
-  return f"allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
+def listed(allowed: Iterable) -> str:
+  return f"allowed: {', '.join(map(str, allowed))}"
+
+
+def nearest(name: Any, allowed: Collection, said: str | None = None) -> str:
+  """The end of an error message: the nearest spelling to `name`, if any of `allowed` is near it.
+
+  Before it comes what is `said` of them; None: they are listed where none is near.
+  """
+  close = get_close_matches(str(name), [*map(str, allowed)], 1)
+  if not close:
+    return listed(allowed) if said is None else said
+  return ("" if said is None else f"{said}; ") + f"did you mean {close[0]!r}?"
 
 
 def scan(split, limit: int | None = None) -> Iterator[dict]:
@@ -100,15 +133,6 @@ def fault(caption: str) -> str:
   except UnicodeEncodeError:
     return "not UTF-8"
   return "" if caption.strip() else "empty"
-
-
-def captions(record: Mapping[str, Any]) -> tuple[str, ...]:
-  """The captions of a record. Raises BadRecord if there are none, or one is empty or not UTF-8."""
-  found = (record["text"],) if isinstance(record["text"], str) else record["text"]
-  for caption in found or ("",):
-    if why := fault(caption):
-      raise BadRecord("unusable text", f"{record['name']}: a caption is {why}: {caption!r}")
-  return found
 
 
 def fingerprint(*content) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from input_pipeline.folders import composed
-from input_pipeline.records import nearest
+from input_pipeline.records import listed, nearest
 
 PART = re.compile(r"(\w+)\[(\d+%?)?:(\d+%?)?\]")
 
@@ -71,7 +71,7 @@ class Renumbered(Sequence):
 
 
 def with_classes(reader, classes: Sequence[str]):
-  """A `reader.Reader` whose labels count the classes as a run does that knows `classes`, by name.
+  """A `batches.Reader` whose labels count the classes as a run does that knows `classes`, by name.
 
   Raises ValueError where the data has a class without a name, or of a name that is not one of them.
   """
@@ -84,8 +84,9 @@ def with_classes(reader, classes: Sequence[str]):
   index = {composed(name): i for i, name in enumerate(classes)}
   names = [*map(composed, info.class_names)]
   if unknown := [name for name in names if name not in index]:
+    known = classes[:50]
     raise ValueError(f"{said}, and not {_some([*map(repr, unknown)])}; "
-                     + nearest(unknown[0], classes[:50] if len(classes) > 50 else classes))
+                     + nearest(unknown[0], known, listed(known)))
   features = {name: x._replace(classes=len(classes)) if x.kind == "label" else x
               for name, x in info.features.items()}
   reader, numbers = copy.copy(reader), [index[name] for name in names]

@@ -1,8 +1,8 @@
 """Data that has shapes and cannot be read: for planning a run where its data set is not."""
 
 from input_pipeline import records
-from input_pipeline.reader import Data, make_spec
-from input_pipeline.sources import find
+from input_pipeline.batches import Data, make_spec
+from input_pipeline.sources import find, parts
 
 
 def stand_in(source: str, batch_size: int, image_size=None, channels: int | None = None,
@@ -17,10 +17,11 @@ def stand_in(source: str, batch_size: int, image_size=None, channels: int | None
   Raises:
     ValueError: the image size, channels or number of classes is not known.
   """
-  if source.startswith("lines:"):
+  scheme = parts(source)[0]
+  if scheme == "lines":
     features = {"text": records.Feature((), "str", "text")}
   else:
-    if source.split("/")[0] == "glyphs":
+    if scheme == "glyphs":
       module, rest = find(source)
       native, channels, num_classes = module.shape(rest)
       image_size = image_size or native

@@ -6,7 +6,6 @@ that pooling at the largest id (OpenAI's CLIP) and pooling at a given id are the
 """
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from input_pipeline.records import fault
+from input_pipeline.records import fault, nearest
 
 PAD, START, END, MASK = "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|mask|>"
 # What files call these tokens where nothing else in them tells.
@@ -159,9 +158,8 @@ def _bpe(captions: Iterable[str], vocab_size: int, special: int) -> tokenizers.T
 
 def _read(path: str) -> tokenizers.Tokenizer:
   if not path.endswith(".json"):
-    close = get_close_matches(path, ("bytes", "bpe"), 1)
-    raise ValueError(f"data.tokenizer={path!r}; allowed: bytes, bpe or PATH.json"
-                     + (f"; did you mean {close[0]!r}?" if close else ""))
+    raise ValueError(f"data.tokenizer={path!r}; "
+                     + nearest(path, ("bytes", "bpe"), "allowed: bytes, bpe or PATH.json"))
   file = Path(path).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f"data.tokenizer={path!r}: no such file")

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from tiers import suite
 
-from input_pipeline import image_ops, mixing
+from input_pipeline import colours, erasing, image_ops, mixing
 from input_pipeline.augment import images as augment
 from trainer import fields
 from trainer import recipe as recipes
@@ -102,13 +102,13 @@ def test_random_affine_stays_in_its_range():
 
 
 PILLOW = {  # name: (our function of a float image, Pillow's of a uint8 image, tolerance in levels)
-    "grayscale": (image_ops.grayscale, lambda x: ImageOps.grayscale(x).convert("RGB"), 1),
-    "solarize": (image_ops.solarize, ImageOps.solarize, 0.01),
-    "saturation": (lambda x: image_ops.blend(image_ops.grayscale(x), x, 0.3),
+    "grayscale": (colours.grayscale, lambda x: ImageOps.grayscale(x).convert("RGB"), 1),
+    "solarize": (colours.solarize, ImageOps.solarize, 0.01),
+    "saturation": (lambda x: colours.blend(colours.grayscale(x), x, 0.3),
                    lambda x: ImageEnhance.Color(x).enhance(0.3), 1.5),
-    "contrast": (lambda x: image_ops.blend(image_ops.grayscale(x).mean(), x, 1.9),
+    "contrast": (lambda x: colours.blend(colours.grayscale(x).mean(), x, 1.9),
                  lambda x: ImageEnhance.Contrast(x).enhance(1.9), 2),  # Pillow rounds the mean
-    "brightness": (lambda x: image_ops.blend(0.0, x, 1.4),
+    "brightness": (lambda x: colours.blend(0.0, x, 1.4),
                    lambda x: ImageEnhance.Brightness(x).enhance(1.4), 1),
 }
 
@@ -129,7 +129,7 @@ def test_gaussian_blur_is_numpys(sigma):
   kernel = np.exp(-np.arange(-9, 10) ** 2 / (2 * sigma**2))
   for axis in (0, 1):
     padded = np.apply_along_axis(np.convolve, axis, padded, kernel / kernel.sum(), "same")
-  got = image_ops.gaussian_blur(to_float(image), sigma)  # ours is cut at 3 sigma: 0.3% of the mass
+  got = colours.gaussian_blur(to_float(image), sigma)  # ours is cut at 3 sigma: 0.3% of the mass
   np.testing.assert_allclose(got, padded[9:-9, 9:-9], atol=0.5 * LEVEL)
   pillow = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
   # Pillow approximates by three boxes, and worse so within a radius of the border.
@@ -139,7 +139,7 @@ def test_gaussian_blur_is_numpys(sigma):
 def test_jitter_draws_each_factor_from_its_range_in_any_order():
   image = to_float(photo(8, 8) // 2 + 20)
   keys = jax.random.split(jax.random.key(0), 300)
-  jitter = jax.jit(jax.vmap(image_ops.random_jitter, (0, None, None)), static_argnums=2)
+  jitter = jax.jit(jax.vmap(colours.random_jitter, (0, None, None)), static_argnums=2)
   ratio = np.asarray(jitter(keys, image, (0.4, 0.0, 0.0, 0.0))) / np.asarray(image)
   np.testing.assert_allclose(ratio, ratio[:, :1, :1, :1] * np.ones_like(ratio), rtol=1e-5)
   assert 0.6 <= ratio.min() < 0.62 and 1.38 < ratio.max() <= 1.4001
@@ -177,16 +177,16 @@ def test_jitter_in_every_order_is_numpys():
   orders = [*itertools.product(itertools.permutations(range(3)), range(4))]
   want = [numpy_jitter(image, factors, [*order[:slot], 3, *order[slot:]]) for order, slot in orders]
   assert np.abs(want[0] - np.stack(want[1:])).max((1, 2, 3)).min() > LEVEL  # the order matters
-  jitter = jax.jit(jax.vmap(image_ops.color_jitter, (None, None, 0, 0)))
+  jitter = jax.jit(jax.vmap(colours.color_jitter, (None, None, 0, 0)))
   got = jitter(jnp.float32(image), jnp.float32(factors), *map(jnp.array, zip(*orders)))
   np.testing.assert_allclose(got, want, atol=1e-5)
-  got = image_ops.color_jitter(jnp.float32(image), jnp.float32(factors), jnp.array([2, 0]))
+  got = colours.color_jitter(jnp.float32(image), jnp.float32(factors), jnp.array([2, 0]))
   np.testing.assert_allclose(got, numpy_jitter(image, factors, [2, 0]), atol=1e-5)
 
 
 def test_jitter_draws_every_order_alike(monkeypatch):
-  monkeypatch.setattr(image_ops, "color_jitter", lambda image, *drawn: drawn)
-  draw = jax.vmap(lambda key: image_ops.random_jitter(key, jnp.ones((2, 2, 3)), (0.4, 2, 0.2, 0.1)))
+  monkeypatch.setattr(colours, "color_jitter", lambda image, *drawn: drawn)
+  draw = jax.vmap(lambda key: colours.random_jitter(key, jnp.ones((2, 2, 3)), (0.4, 2, 0.2, 0.1)))
   factors, order, slot = map(np.asarray, draw(jax.random.split(jax.random.key(0), 2400)))
   _, counts = np.unique(np.column_stack([order, slot]), axis=0, return_counts=True)
   assert len(counts) == 24 and 56 < counts.min() <= counts.max() < 144  # 100 +- 4.5 deviations
@@ -197,7 +197,7 @@ def test_jitter_draws_every_order_alike(monkeypatch):
 
 def test_one_of_three_draws_all_three_equally():
   image = photo(16, 16)
-  out = np.asarray(jax.vmap(image_ops.one_of_three, (0, None))(
+  out = np.asarray(jax.vmap(colours.one_of_three, (0, None))(
       jax.random.split(jax.random.key(0), 300), to_float(image)))
   gray = np.asarray(ImageOps.grayscale(Image.fromarray(image)).convert("RGB")) / 255
   solar = np.asarray(ImageOps.solarize(Image.fromarray(image))) / 255
@@ -214,7 +214,7 @@ def test_one_of_three_draws_all_three_equally():
 def test_random_erase_replaces_a_box_by_noise():
   image = jnp.full((32, 32, 1), 9.0)
   keys = jax.random.split(jax.random.key(0), 200)
-  out = np.asarray(jax.vmap(image_ops.random_erase, (0, None, None))(keys, image, 0.5))[..., 0]
+  out = np.asarray(jax.vmap(erasing.random_erase, (0, None, None))(keys, image, 0.5))[..., 0]
   erased = [np.argwhere(one != 9) for one in out if (one != 9).any()]
   assert 70 < len(erased) < 130
   for place in erased:
@@ -236,7 +236,7 @@ def erased_boxes(out):
 @pytest.mark.parametrize("h, w", [(20, 24), (40, 6)])
 def test_random_erase_has_timms_law(h, w):
   n = 20_000
-  erase = jax.jit(jax.vmap(image_ops.random_erase, (0, None, None)))
+  erase = jax.jit(jax.vmap(erasing.random_erase, (0, None, None)))
   out = erase(jax.random.split(jax.random.key(5), n), jnp.full((h, w, 1), 9.0), 1.0)
   got = collections.Counter(erased_boxes(np.asarray(out)[..., 0]))
   rng, want = np.random.default_rng(0), collections.Counter()
@@ -423,7 +423,7 @@ def test_what_has_probability_zero_is_not_traced():
 def test_blur_draws_sigma_uniformly():
   point = np.zeros((13, 13, 1), np.float32)
   point[6, 6] = 1
-  peak = jax.vmap(image_ops.random_blur, (0, None))(
+  peak = jax.vmap(colours.random_blur, (0, None))(
       jax.random.split(jax.random.key(0), 1000), jnp.asarray(point))[:, 6, 6, 0]
   sigma = np.linspace(0.1, 2.0, 1000)
   heights = 1 / np.exp(-np.arange(-9, 10)[:, None] ** 2 / (2 * sigma**2)).sum(0) ** 2

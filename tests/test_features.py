@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from tiers import suite
 
-from input_pipeline import geometry, kinds, moves, ready
+from input_pipeline import geometry, moves, ready, viewing
 from input_pipeline.augment import images
-from input_pipeline.records import BadRecord, Feature
+from input_pipeline.records import BadRecord, Feature, at_size
 
 SIDE = 40
 FEATURES = {"image": Feature((SIDE, SIDE, 1), "uint8", "image"),
@@ -58,9 +58,9 @@ def test_the_cut_of_an_image_cuts_all(fields):
   for seed in range(8):
     look = geometry.Look(functools.partial(
       geometry.for_training, view, np.random.default_rng(seed)), "bicubic")
-    seen = kinds.read(record(), FEATURES, [look])
+    seen = viewing.read(record(), FEATURES, [look])
     assert {name: x.shape for name, x in seen.items()} == {
-      name: kinds.at_size(feature, (32, 28)) for name, feature in FEATURES.items()}
+      name: at_size(feature, (32, 28)) for name, feature in FEATURES.items()}
     agree(seen, 1.6)
 
 
@@ -68,7 +68,7 @@ def test_two_looks_differ_and_each_is_whole():
   looks = [geometry.Look(functools.partial(
     geometry.for_training, geometry.view("augment", image_size=size, crop_area=(0.5, 0.9)),
     np.random.default_rng(size)), "bicubic") for size in (32, 20)]
-  seen = kinds.read(record(), FEATURES, looks)
+  seen = viewing.read(record(), FEATURES, looks)
   assert seen["image"].shape == (32, 32, 1) and seen["image_2"].shape == (20, 20, 1)
   agree(seen, 1.6)
   agree({name.removesuffix("_2"): x for name, x in seen.items() if name.endswith("_2")}, 1.6)
@@ -77,14 +77,14 @@ def test_two_looks_differ_and_each_is_whole():
   looks = [look._replace(cut=functools.partial(
     look.cut.func, look.cut.args[0], np.random.default_rng(size)))
     for look, size in zip(looks, (32, 20))]
-  again = kinds.read(record() | {"image": encoded.getvalue()}, FEATURES, looks)
+  again = viewing.read(record() | {"image": encoded.getvalue()}, FEATURES, looks)
   for name in seen:
     np.testing.assert_array_equal(again[name], seen[name], err_msg=name)
 
 
 def test_what_is_out_of_sight_is_no_more():
   look = geometry.Look(lambda h, w: geometry.Cut((30, 30, 10, 10), (20, 20)), "bicubic")
-  seen = kinds.read(record(), FEATURES, [look])
+  seen = viewing.read(record(), FEATURES, [look])
   assert (seen["boxes"] == -1).all() and (seen["points"] == -1).all() and not seen["mask"].any()
 
 
@@ -94,7 +94,7 @@ def test_what_is_out_of_sight_is_no_more():
 def test_augmentation_on_the_device_moves_all(fields):
   features = {name: x for name, x in FEATURES.items() if name != "frames"}
   augment = images.make(image_size=SIDE, mean=0.0, std=1.0, features=features, **fields)
-  batch = {name: jnp.stack([jnp.asarray(x)] * 12) for name, x in kinds.read(
+  batch = {name: jnp.stack([jnp.asarray(x)] * 12) for name, x in viewing.read(
     record(), features).items()}
   out = jax.jit(augment.train)(jax.random.key(1), batch)
   plain = images.make(image_size=SIDE, mean=0.0, std=1.0, **fields).train(
@@ -129,9 +129,9 @@ def test_values_are_read_from_files_and_bad_ones_named(tmp_path):
   mask.putpalette([0, 0, 0, 255, 0, 0])
   mask.save(tmp_path / "mask.png")
   np.save(tmp_path / "depth.npy", 3.0 * record()["mask"])
-  read = kinds.read(record() | {"mask": tmp_path / "mask.png", "depth": str(
+  read = viewing.read(record() | {"mask": tmp_path / "mask.png", "depth": str(
     tmp_path / "depth.npy")}, FEATURES)
-  whole = kinds.read(record(), FEATURES)
+  whole = viewing.read(record(), FEATURES)
   for name in FEATURES:
     np.testing.assert_array_equal(read[name], whole[name])
   np.save(tmp_path / "pickled.npy", np.array([{}]), allow_pickle=True)
@@ -141,20 +141,20 @@ def test_values_are_read_from_files_and_bad_ones_named(tmp_path):
       ({"depth": tmp_path / "pickled.npy"}, "cannot read the depth of it.*allow_pickle"),
       ({"mask": b"none"}, "cannot read the mask of it")):
     with pytest.raises(BadRecord, match=message):
-      kinds.read(record() | wrong, FEATURES)
+      viewing.read(record() | wrong, FEATURES)
   with pytest.raises(BadRecord, match="it has no 'mask', which its source declares"):
-    kinds.read({name: x for name, x in record().items() if name != "mask"}, FEATURES)
-  free = {name: x._replace(shape=kinds.at_size(x, (None, None))) for name, x in FEATURES.items()}
+    viewing.read({name: x for name, x in record().items() if name != "mask"}, FEATURES)
+  free = {name: x._replace(shape=at_size(x, (None, None))) for name, x in FEATURES.items()}
   look = geometry.Look(lambda h, w: geometry.Cut((0, 0, h, w), (20, 20)), "bicubic")
   with pytest.raises(BadRecord, match="it: 20x20 pixels beside 40x40 of the same record"):
-    kinds.read(record() | {"mask": np.zeros((20, 20))}, free, [look])
+    viewing.read(record() | {"mask": np.zeros((20, 20))}, free, [look])
 
 
 def test_records_become_batches_one_by_one_and_by_columns():
   view, one = geometry.view("augment", image_size=20), record()
   batch = ready.batch_of(one, FEATURES, view)
   assert {name: x.shape for name, x in batch.items()} == {
-    name: (1, *kinds.at_size(x, (20, 20))) for name, x in FEATURES.items()}
+    name: (1, *at_size(x, (20, 20))) for name, x in FEATURES.items()}
   for given in ([one] * 3, {name: np.stack([x] * 3) for name, x in one.items()
                             if name in ("image", "mask")},
                 {"image": [one["image"]] * 3, "mask": [one["mask"]] * 3}):

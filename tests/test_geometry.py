@@ -13,7 +13,7 @@ from PIL import Image
 from tiers import suite
 
 import train
-from input_pipeline import batches, geometry
+from input_pipeline import batches, geometry, viewing
 from trainer import checkpoints, recipe
 
 FILTERS = {"linear": Image.BILINEAR, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC,
@@ -25,7 +25,7 @@ def view(**fields):
 
 
 def seen(image, cut, interpolation="bicubic", **options):
-  return geometry.see_array(image, geometry.Look(lambda h, w: cut, interpolation, **options))
+  return viewing.see_array(image, geometry.Look(lambda h, w: cut, interpolation, **options))
 
 
 def torchvision(image, size, resized_side, pillow=Image.BICUBIC):
@@ -44,7 +44,7 @@ def torchvision(image, size, resized_side, pillow=Image.BICUBIC):
 def test_evaluation_is_torchvisions_resize_and_centre_crop(shape, name):
   image = photo(*shape) // 2 + 64  # nothing saturates
   for ratio, side in ((0.875, 27), (1.0, 24), (0.6, 40)):
-    got = geometry.evaluation_pixels(view(eval_crop=ratio, interpolation=name), image[None])[0]
+    got = viewing.evaluation_pixels(view(eval_crop=ratio, interpolation=name), image[None])[0]
     # One resampling of the centre, for one of all and a cut: to rounding between its two passes.
     np.testing.assert_allclose(got, torchvision(image, 24, side, FILTERS[name]), atol=1)
 
@@ -60,7 +60,7 @@ def test_published_sides():
 
 def test_squash_sees_all():
   image = photo(40, 61)
-  got = geometry.evaluation_pixels(
+  got = viewing.evaluation_pixels(
     view(image_size=(20, 30), eval_squash=True, interpolation="linear"), image[None])[0]
   np.testing.assert_array_equal(
     got, np.asarray(Image.fromarray(image).resize((30, 20), Image.BILINEAR)))
@@ -68,16 +68,16 @@ def test_squash_sees_all():
 
 def test_images_of_several_sizes_and_channels():
   images = [photo(40, 60), photo(50, 30), photo(24, 24)]
-  got = geometry.evaluation_pixels(view(eval_crop=0.875), images)
+  got = viewing.evaluation_pixels(view(eval_crop=0.875), images)
   for image, one in zip(images, got, strict=True):
-    chex.assert_trees_all_equal(one, geometry.evaluation_pixels(view(eval_crop=0.875),
+    chex.assert_trees_all_equal(one, viewing.evaluation_pixels(view(eval_crop=0.875),
                                                                 image[None])[0])
-  two = geometry.evaluation_pixels(view(), [photo(40, 60)[..., :2]])
-  np.testing.assert_array_equal(two[0], geometry.evaluation_pixels(
+  two = viewing.evaluation_pixels(view(), [photo(40, 60)[..., :2]])
+  np.testing.assert_array_equal(two[0], viewing.evaluation_pixels(
     view(), photo(40, 60)[None])[0][..., :2])
   for wrong in (photo(8, 8)[None] / 255, [photo(8, 8)[..., 0]]):
     with pytest.raises(ValueError, match="must be uint8"):
-      geometry.evaluation_pixels(view(), wrong)
+      viewing.evaluation_pixels(view(), wrong)
 
 
 def test_clips_square_is_anywhere_along_the_longer_side():
@@ -139,7 +139,7 @@ def test_resampling_is_pillows_by_every_filter(monkeypatch, name, size):
   np.testing.assert_array_equal(seen(image, geometry.Cut(box, size), name), want)
   fast = seen(image, geometry.Cut(box, size), name, exact=False).astype(int)
   assert abs(fast - want).max() <= 2 and abs((fast - want).mean()) < 0.1
-  monkeypatch.setattr(geometry, "cykooz_resizer", None)
+  monkeypatch.setattr(viewing, "cykooz_resizer", None)
   np.testing.assert_array_equal(seen(image, geometry.Cut(box, size), name, exact=False), want)
 
 

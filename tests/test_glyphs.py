@@ -12,6 +12,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from PIL import Image
 
+from input_pipeline import glyph_drawing as drawing
 from input_pipeline.sources import glyphs
 
 
@@ -27,16 +28,16 @@ def digits(tmp_path_factory):
   ("A", "A"), ("é", "e"), ("①", "1"), ("𝔸", "A"), ("²", "2"), ("ẫ", "a"), ("ℌ", "H"),
   ("½", ""), ("ﬁ", ""), ("Ǆ", ""), ("Α", ""), ("ø", ""), (" ", ""), ("´", ""), ("́", "")])
 def test_base_character(character, base):
-  assert glyphs.base_character(character) == base
+  assert drawing.base_character(character) == base
 
 
 @pytest.mark.parametrize("face", ["DejaVuSans", "STIXGeneralItalic", "cmr10"])
 @pytest.mark.parametrize("character", "AcCgQ0o")
 def test_scale_and_baseline_are_those_of_the_outline(face, character):
   size, em = 64, 52
-  outline = TextPath((0, 0), character, em, prop=FontProperties(fname=glyphs.font_path(face)))
+  outline = TextPath((0, 0), character, em, prop=FontProperties(fname=drawing.font_path(face)))
   box = outline.get_extents()  # pixels, y upwards from the baseline
-  ink = glyphs.render(face, character, size).point(lambda v: 255 * (v > 64))
+  ink = drawing.render(face, character, size).point(lambda v: 255 * (v > 64))
   left, top, right, bottom = ink.getbbox()
   np.testing.assert_allclose([48 - top, 48 - bottom, right - left],
                              [box.y1, box.y0, box.width], atol=1.6)
@@ -45,18 +46,18 @@ def test_scale_and_baseline_are_those_of_the_outline(face, character):
 
 @pytest.mark.parametrize("character", "Ǻ∰Ể")  # taller or wider than the canvas allows
 def test_overflowing_ink_is_shrunk_in_proportion(character):
-  prop = FontProperties(fname=glyphs.font_path("DejaVuSans"))
+  prop = FontProperties(fname=drawing.font_path("DejaVuSans"))
   box = TextPath((0, 0), character, 100, prop=prop).get_extents()
-  left, top, right, bottom = glyphs.render("DejaVuSans", character, 128).getbbox()
+  left, top, right, bottom = drawing.render("DejaVuSans", character, 128).getbbox()
   np.testing.assert_allclose((right - left) / (bottom - top), box.width / box.height, rtol=0.03)
 
 
 def test_white_ink_on_black_at_any_size():
   for size in glyphs.SIZES:
-    image = np.asarray(glyphs.render("DejaVuSans", "I", size))
+    image = np.asarray(drawing.render("DejaVuSans", "I", size))
     chex.assert_shape(image, (size, size))
     assert image[0].max() == 0 and image.max() > 128
-  small, large = (np.asarray(glyphs.render("DejaVuSans", "B", s), np.float64) for s in (32, 224))
+  small, large = (np.asarray(drawing.render("DejaVuSans", "B", s), np.float64) for s in (32, 224))
   pooled = large.reshape(32, 7, 32, 7).mean((1, 3))
   assert np.abs(small - pooled).mean() < 6  # of 255: the same picture, hinting aside
 
@@ -69,20 +70,20 @@ def test_every_subset_names_its_classes():
 
 
 def test_a_tenth_of_the_names_is_unseen_and_never_a_plain_one():
-  names = [c for c in glyphs.characters("DejaVuSans") if c not in glyphs.PLAIN]
-  assert 0.08 < np.mean([glyphs.is_unseen_name(c) for c in names]) < 0.12
-  assert not any(map(glyphs.is_unseen_name, glyphs.PLAIN))
+  names = [c for c in drawing.characters("DejaVuSans") if c not in glyphs.PLAIN]
+  assert 0.08 < np.mean([drawing.is_unseen_name(c) for c in names]) < 0.12
+  assert not any(map(drawing.is_unseen_name, glyphs.PLAIN))
 
 
 def test_splits_share_no_family_and_no_name(digits):
   _, splits = digits
   names = {split: {e["code_point"] for e in examples} for split, examples in splits.items()}
   faces = {split: {e["face"].decode() for e in examples} for split, examples in splits.items()}
-  assert faces["train"] == set(glyphs.SEEN) and faces["test"] == set(glyphs.UNSEEN)
-  assert faces["unseen_names"] <= set(glyphs.SEEN)
+  assert faces["train"] == set(drawing.SEEN) and faces["test"] == set(drawing.UNSEEN)
+  assert faces["unseen_names"] <= set(drawing.SEEN)
   assert not names["train"] & names["unseen_names"]
   assert names["test"] == set(map(ord, glyphs.DIGITS)) < names["train"]
-  assert len(splits["test"]) == 10 * len(glyphs.UNSEEN)
+  assert len(splits["test"]) == 10 * len(drawing.UNSEEN)
   seen = Counter((e["code_point"], e["image"].tobytes()) for e in splits["train"])
   assert max(seen.values()) == 1
 
@@ -93,7 +94,7 @@ def test_examples_agree_with_unicode(digits):
     character = chr(example["code_point"])
     assert str(unicodedata.digit(character)) == builder.info.features["label"].int2str(
       int(example["label"]))
-    style = {**glyphs.SEEN, **glyphs.UNSEEN}[example["face"].decode()]
+    style = {**drawing.SEEN, **drawing.UNSEEN}[example["face"].decode()]
     assert example["style"].decode() == style
     assert example["text"].decode() == f"{unicodedata.name(character).lower()}, {style}"
     chex.assert_shape(example["image"], (16, 16, 1))

@@ -12,7 +12,7 @@ import jax
 import pytest
 from tiers import suite
 
-from input_pipeline.reader import make_spec
+from input_pipeline.batches import make_spec
 from input_pipeline.records import Info, image_features
 from trainer import recipe
 

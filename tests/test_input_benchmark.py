@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import compare
 from benchmarks import input as benchmark
-from input_pipeline import decode, geometry, records
+from input_pipeline import decode, geometry, records, viewing
 
 
 @pytest.mark.parametrize("side", benchmark.OURS)
@@ -119,7 +119,7 @@ def test_colour_jpegs_have_pillows_pixels(monkeypatch, shape, options):
   # A box of the drafted image's own size: resizing is the identity, if sides are multiples of it.
   if not any(side % 4 for side in shape):
     look = geometry.Look(lambda h, w: geometry.Cut((0, 0, h, w), size), "bicubic")
-    seen, = decode.decode_looks({"image": data, "name": ""}, 3, [look], coarse=True)
+    seen, = viewing.decode_looks({"image": data, "name": ""}, 3, [look], coarse=True)
     np.testing.assert_array_equal(seen, np.asarray(drafted))
 
 
@@ -140,9 +140,9 @@ def test_resizing_is_pillows_to_rounding(monkeypatch, channels, box):
   Image.fromarray(array).save(data, "png")
   made = []
   look = geometry.Look(lambda *_: geometry.Cut(box, (28, 33)), "bicubic", exact=False)
-  for module in (geometry.cykooz_resizer, None):
-    monkeypatch.setattr(geometry, "cykooz_resizer", module)
-    seen, = decode.decode_looks({"image": data.getvalue(), "name": ""}, channels, [look])
+  for module in (viewing.cykooz_resizer, None):
+    monkeypatch.setattr(viewing, "cykooz_resizer", module)
+    seen, = viewing.decode_looks({"image": data.getvalue(), "name": ""}, channels, [look])
     made.append(seen.astype(int))
   assert abs(made[0] - made[1]).max() <= 2 and abs((made[0] - made[1]).mean()) < 0.05
   assert made[0].std() > 5

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 import evaluate
-from input_pipeline import batches, decode, geometry, kinds
+from input_pipeline import batches, decode, geometry, viewing
 from input_pipeline.records import Feature
 from input_pipeline.sources import open_source
 
@@ -41,7 +41,7 @@ def record(data):
 
 def see(data, box, size, coarse=False):
   look = geometry.Look(lambda h, w: geometry.Cut(box, size), "bicubic")
-  return decode.decode_looks(record(data), 3, [look], coarse)[0]
+  return viewing.decode_looks(record(data), 3, [look], coarse)[0]
 
 
 @pytest.mark.parametrize("kind", [*EXACT, "jpeg"])
@@ -60,8 +60,8 @@ def test_pictures_are_upright(kind, value):
 @pytest.mark.parametrize("value", range(1, 9))
 def test_a_coarse_jpeg_is_cut_upright(value, monkeypatch):
   data = encoded(picture(480, 640), "jpeg", value, quality=95)
-  decoded, jpeg = [], decode._jpeg
-  monkeypatch.setattr(decode, "_jpeg", lambda *a: decoded.append(jpeg(*a)) or decoded[-1])
+  decoded, jpeg = [], decode.jpeg
+  monkeypatch.setattr(decode, "jpeg", lambda *a: decoded.append(jpeg(*a)) or decoded[-1])
   want, box = shown(data), (40, 120, 320, 200)
   got = see(data, box, (80, 50), coarse=True)
   assert decoded[0].size == (160, 120)  # a quarter, whichever side is up
@@ -109,7 +109,7 @@ def test_boxes_lie_in_the_upright_picture():
   features = {"image": Feature((None, None, 3), "uint8", "image"),
               "boxes": Feature((1, 4), "float32", "boxes")}
   look = geometry.Look(lambda h, w: geometry.Cut((12, 4, 20, 20), (20, 20)), "bicubic")
-  got = kinds.read(record(encoded(array, "png", 6)) | {"boxes": [[20, 16, 30, 20]]}, features,
+  got = viewing.read(record(encoded(array, "png", 6)) | {"boxes": [[20, 16, 30, 20]]}, features,
                    [look])
   np.testing.assert_array_equal(got["boxes"], [[8, 12, 18, 16]])
   expected = np.zeros((20, 20), np.uint8)

@@ -18,7 +18,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tiers import suite
 
-from input_pipeline.reader import make_spec
+from input_pipeline.batches import make_spec
 from input_pipeline.records import Info, image_features
 from trainer import fields, optimizer, recipe
 

@@ -9,9 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline import decode, geometry, records
+from input_pipeline import decode, geometry, prepared, records, viewing
+from input_pipeline.captions import captions_of
 from input_pipeline.sources import open_source
-from input_pipeline.sources import tfds as tfds_source
 
 
 def encoded(array, kind="png", **options):
@@ -235,7 +235,7 @@ def test_tfds_captions_are_checked(tmp_path, monkeypatch, captions, match):
   builder.download_and_prepare(file_format="array_record")
   record = open_source(f"tfds:{builder.data_dir}").splits["train"][0]
   with pytest.raises(records.BadRecord, match=f"pairs/1.0.0 train#0: a caption is {match}"):
-    records.captions(record)
+    captions_of(record)
 
 
 def test_tfds_folder_errors(pairs, tmp_path):
@@ -258,7 +258,7 @@ def test_a_set_that_cannot_be_prepared_is_named(tmp_path, monkeypatch):
 def test_ambiguous_features_are_listed():
   features = {"left": tfds.features.Image(), "right": tfds.features.Image()}
   with pytest.raises(ValueError, match="several features could be the image: left, right"):
-    tfds_source._feature(features, ("image",), tfds.features.Image)
+    prepared._feature(features, ("image",), tfds.features.Image)
 
 
 @pytest.mark.parametrize("shape, channels", [
@@ -285,7 +285,7 @@ def test_decode_scales_16_bits_and_lays_transparency_on_white():
 
 def seen(record, channels, box, size, coarse=False, **options):
   look = geometry.Look(lambda h, w: geometry.Cut(box, size), "bicubic", **options)
-  return decode.decode_looks(record, channels, [look], coarse)[0]
+  return viewing.decode_looks(record, channels, [look], coarse)[0]
 
 
 def test_decode_box_and_size_are_pillows_crop_and_resize():
@@ -301,8 +301,8 @@ def test_jpeg_draft_keeps_the_picture(monkeypatch):
   y, x = np.mgrid[:800, :1000]
   array = np.stack([127 + 100 * np.sin(x / 60), 127 + 100 * np.cos(y / 45), (x + y) / 8], -1)
   record = {"image": encoded(array.astype(np.uint8), "jpeg", quality=95), "name": ""}
-  decoded, resize = [], geometry._resize
-  monkeypatch.setattr(geometry, "_resize",
+  decoded, resize = [], viewing._resize
+  monkeypatch.setattr(viewing, "_resize",
                       lambda image, *a: decoded.append(image.size) or resize(image, *a))
   image = seen(record, 3, (100, 200, 500, 600), (96, 96), coarse=True, exact=False)
   assert decoded == [(250, 200)]  # a quarter: 500 x 600 becomes 125 x 150, still >= 96

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from input_pipeline import batches, geometry
+from input_pipeline import batches, viewing
 from input_pipeline.records import image_features
 from trainer import recipe
 from trainer.state import make_predict, with_statistics
@@ -88,7 +88,7 @@ def load_run(workdir, step: int | None = None) -> Run:
       return {name: np.asarray(x) for name, x in augment.eval(batch).items()}
     if config.data.get("latents"):
       return normalise(images)
-    return normalise(geometry.evaluation_pixels(recipe.make_views(config)[0], images))
+    return normalise(viewing.evaluation_pixels(recipe.make_views(config)[0], images))
 
   tokenizer, path = None, epath.Path(workdir) / TOKENIZER
   if path.exists():

@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> Config
   config = module.get_config(variant)
   config.config_name = Path(path).stem + (f":{variant}" if variant else "")
   source = _parse((overrides or {}).get("data.source", "none"))
-  if source and re.split("[:/]", str(source))[0] != re.split("[:/]", config.data.source)[0]:
+  if source and scheme(source) != scheme(config.data.source):
     own_data(config)  # before the flags, which may say otherwise
     config.optional_evals = tuple(name for name in config.evals if not any(
       key.startswith(f"evals.{name}") for key in overrides))  # what a flag asks for is meant
@@ -80,6 +79,12 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> Config
   if "data.batch_size" in (overrides or {}) and "batch_at_most" in config.data:
     del config.data.batch_at_most
   return config
+
+
+def scheme(source: Any) -> str:
+  """Of data.source: the name of the file in input_pipeline/sources that opens it."""
+  from input_pipeline import sources  # here, as listing recipes needs no data
+  return sources.parts(str(source))[0]
 
 
 def _parse(text: str) -> Any:
@@ -156,7 +161,7 @@ def hold_out(config: ConfigDict, workdir) -> ConfigDict:
   """
   data = config.data
   if ("held_out" in data or data.get("latents") or data.get("eval_split") is not None
-      or "[" in str(data.get("train_split")) or not str(data.get("source")).startswith("folder:")):
+      or "[" in str(data.get("train_split")) or scheme(data.get("source")) != "folder"):
     return config
   path, config = epath.Path(workdir) / "config.json", ConfigDict(config.to_dict())
   began = read_json(path)["data"] if path.exists() else {"held_out": HELD_OUT}

@@ -7,7 +7,6 @@ section names one.
 """
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -21,14 +20,10 @@ from typing import Any, Literal
 import numpy as np
 from ml_collections import ConfigDict
 
+from input_pipeline.records import nearest as nearest
+
 PLAIN = (bool, int, float, str, tuple, dict)
 OF_FLAX = ("parent", "name", "dtype")  # fields of every module; dtype is the run's
-
-
-def nearest(name: str, allowed) -> str:
-  """The end of an error message: what was probably meant, or all that is allowed."""
-  close = difflib.get_close_matches(str(name), [str(a) for a in allowed], 1)
-  return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(map(str, allowed))}"
 
 
 def find_module(folder: str, name: str, field: str):

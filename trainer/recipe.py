@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs.base import get_base
-from input_pipeline import batches, geometry, kinds, order
-from input_pipeline.records import image_features
+from input_pipeline import batches, geometry, order
+from input_pipeline.records import ALWAYS, HINTS, image_features
 from trainer import fields, networks, optimizer, schedule, sharding, store
 from trainer.config import UNITS, in_steps, steps
 from trainer.config import config_module as config_module
@@ -119,7 +119,7 @@ def make_method(config: ConfigDict):
 
 
 def open_data(config: ConfigDict, data_dir: str | None):
-  """The data, opened, with the cuts of config.augment: an `input_pipeline.reader.Reader`."""
+  """The data, opened, with the cuts of config.augment: an `input_pipeline.batches.Reader`."""
   return fields.call(batches.open_data, config.data, "data",
                      data_dir=data_dir, seed=config.seed, views=make_views(config))
 
@@ -137,12 +137,12 @@ def carried(data, method, config: ConfigDict):
   features, source = data.info.features, config.data.source
   base = {name: name.removesuffix("_2") for name in method.needs}
   kept = [name for name, x in features.items()
-          if name in base.values() or x.kind in kinds.ALWAYS or not method.needs]
+          if name in base.values() or x.kind in ALWAYS or not method.needs]
   data = data.carrying(kept)
   views = ("", "_2") if config.augment.get("second_view") is not None else ("",)
   there = {name + view for name in data.spec for view in views} | {*data.spec}
   if missing := [name for name in method.needs if name not in there]:
-    hints = [kinds.HINTS.get(features[name].kind, "") for name in missing if name in features] + [
+    hints = [HINTS.get(features[name].kind, "") for name in missing if name in features] + [
       "; augment.second_view gives one" for name in missing if name != base[name] in features]
     raise ValueError(f"the method needs {' and '.join(method.needs)}; data.source = {source!r} has "
                      f"{' and '.join(sorted(features)) or 'nothing'}: no {' and no '.join(missing)}"

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from configs.base import get_base
 from input_pipeline.records import Feature
-from trainer.config import read_json
+from trainer.config import read_json, scheme
 from trainer.store import DATA
 
 
@@ -40,7 +40,7 @@ def load_config(workdir) -> ConfigDict:
   config = {**defaults, **read_json(path)}
   if config["augment"].get("crop_area") and "eval_crop" not in config["augment"]:
     config["augment"]["eval_crop"] = 0.875  # what went with random crops, before it was a field
-  if str(config["data"].get("source")).startswith("lines:"):  # texts had a black pixel once
+  if scheme(config["data"].get("source")) == "lines":  # texts had a black pixel once
     for section, name in ("augment", "image_size"), ("augment", "eval_crop"), (
         "model", "image_size"), ("model", "channels"):
       config[section].pop(name, None)

@@ -1,11 +1,10 @@
 """Augmentation of images on the device: uint8 batches in, normalised float32 batches out.
 
-Images come cut to their size by `geometry`, on the host; what changes their pixels is here. The
-operations of `image_ops` are vmapped over per-example keys. Masks, boxes, depth and points of an
-image move as it does.
+Images come cut to their size by `geometry`, on the host; what changes their pixels is here: the
+operations of the files beside this folder, each loaded by a recipe that names it, are vmapped over
+per-example keys. Masks, boxes, depth and points of an image move as it does.
 """
 
-import difflib
 import functools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import geometry, image_ops, kinds
+from input_pipeline import geometry
 from input_pipeline.augment import Augment
+from input_pipeline.records import is_moved
 
 PARTNERS = ("mirror", "previous")  # of `mixing.mix`, as timm and as big_vision
 
@@ -52,14 +52,16 @@ class Pixels(NamedTuple):
 def check_pixels(section: str, pixels: Pixels) -> None:
   """Raises ValueError, named as SECTION.FIELD, for a value that is not allowed."""
   check, affine = functools.partial(geometry.check, section), dict(pixels.affine or {})
-  known = tuple(image_ops.random_affine.__kwdefaults__)
   for field, value in dict(mean=pixels.mean, std=pixels.std).items():
     check(np.ndim(value) <= 1 and (field == "mean" or np.min(value) > 0), field, value,
           "a number or one a channel, std > 0")
-  for name in affine:
-    check(name in known, "affine", name, f"a dict with keys from {known}", known)
-  check(geometry.is_range(affine.get("scale", (1, 1))), "affine.scale", affine.get("scale"),
-        "(low, high) with 0 < low <= high")
+  if affine:
+    from input_pipeline import image_ops
+    known = tuple(image_ops.random_affine.__kwdefaults__)
+    for name in affine:
+      check(name in known, "affine", name, f"a dict with keys from {known}", known)
+    check(geometry.is_range(affine.get("scale", (1, 1))), "affine.scale", affine.get("scale"),
+          "(low, high) with 0 < low <= high")
   jitter = pixels.color_jitter
   check(jitter is None or np.shape(jitter) == (4,) and min(jitter) >= 0 and jitter[3] <= 0.5,
         "color_jitter", jitter,
@@ -82,32 +84,24 @@ def random_example(key, example, pixels: Pixels, others: Mapping[str, str], laye
   # One key an operation, on or off: switching one leaves the others' draws as they were.
   (affine_key, _, three_key, jitter_key, gray_key, blur_key, solarize_key, flip_key, rand_key,
    erase_key) = jax.random.split(key, 10)  # the second was the crop's, once
-  image, mean, std = example["image"], *_planes(pixels)
-
-  def to_gray(x):
-    return image_ops.sometimes(gray_key, x, pixels.grayscale, lambda _, x: image_ops.grayscale(x))
-
-  matrix = image_ops.random_matrix(affine_key, *image.shape[:2], **pixels.affine) if (
-    pixels.affine) else None
-  if matrix is not None:
+  image, mean, std, matrix = example["image"], *_planes(pixels), None
+  if pixels.affine:
+    from input_pipeline import image_ops
+    matrix = image_ops.random_matrix(affine_key, *image.shape[:2], **pixels.affine)
     image = image_ops.warp(image, matrix)
-  image = image_ops.sometimes(three_key, image, float(pixels.three_augment),
-                              image_ops.one_of_three)
-  image = to_gray(image) if pixels.grayscale_first else image
-  if pixels.color_jitter is not None:
-    image = image_ops.sometimes(
-      jitter_key, image, pixels.jitter_prob,
-      lambda key, x: image_ops.random_jitter(key, x, pixels.color_jitter))
-  image = image if pixels.grayscale_first else to_gray(image)
-  image = image_ops.sometimes(blur_key, image, pixels.blur, image_ops.random_blur)
-  image = image_ops.sometimes(solarize_key, image, pixels.solarize,
-                              lambda _, x: image_ops.solarize(x))
+  if (pixels.three_augment or pixels.color_jitter is not None or pixels.grayscale or pixels.blur
+      or pixels.solarize):
+    from input_pipeline import colours
+    image = colours.recolour((three_key, jitter_key, gray_key, blur_key, solarize_key), image,
+                             pixels)
   image = pix.random_flip_left_right(flip_key, image) if pixels.flip else image
   if layers is not None:
     from input_pipeline import rand_augment
     image = rand_augment.rand_augment(rand_key, image, mean, **layers)
   image = (image - mean) / std
-  image = image_ops.random_erase(erase_key, image, pixels.erase) if pixels.erase else image
+  if pixels.erase:
+    from input_pipeline import erasing
+    image = erasing.random_erase(erase_key, image, pixels.erase)
   if not others:
     return {"image": image}
   from input_pipeline import moves
@@ -168,10 +162,6 @@ def one_view(section: str, view: geometry.View, pixels: Pixels,
   return Augment(train, evaluate, lambda image: np.asarray(image) * std + mean)
 
 
-# By two views.
-SHARED = ("eval_crop", "eval_squash", "mixup", "cutmix", "mix_prob", "mix_size", "mix_partner")
-
-
 def make(*, second_view: Mapping | None = None, batch_size: int | None = None,
          features: Mapping = {}, **fields: (geometry.View, Pixels)) -> Augment:
   """The recipe of `config.augment`: one view of each image, or two for contrastive learning.
@@ -187,7 +177,7 @@ def make(*, second_view: Mapping | None = None, batch_size: int | None = None,
     ValueError: as these; a field of second_view is named augment.second_view.FIELD.
   """
   others = {name: feature.kind for name, feature in features.items()
-            if name != "image" and kinds.is_moved(feature)}
+            if name != "image" and is_moved(feature)}
 
   def one(section, fields):
     cut = {name: value for name, value in fields.items() if name in geometry.View._fields}
@@ -202,27 +192,7 @@ def make(*, second_view: Mapping | None = None, batch_size: int | None = None,
     mixing.check_mix_size(fields["mix_size"], batch_size)
   if second_view is None:
     return first
-  check_second(second_view, fields)
-  second = one("augment.second_view", fields | dict(second_view))
-
-  def train(rng, batch):
-    first_key, second_key = jax.random.split(rng)
-    other = {name: batch.get(f"{name}_2", batch[name]) for name in ("image", *others)}
-    seen = second.train(second_key, other)
-    return {**first.train(first_key, batch), **{f"{name}_2": x for name, x in seen.items()}}
-
-  return first._replace(train=train)
-
-
-def check_second(second_view: Mapping, fields: Mapping) -> None:
-  """Raises ValueError where two views cannot differ as `second_view` says."""
-  check = functools.partial(geometry.check, "augment")
-  check(hasattr(second_view, "keys"), "second_view", second_view, "None or a dict")
-  allowed = sorted({*geometry.View._fields, *Pixels._fields} - {*SHARED})
-  for name in second_view:
-    if name not in allowed:
-      near = difflib.get_close_matches(name, allowed, 1)
-      raise ValueError(f"augment.second_view.{name}: two views differ in no such field; "
-                       + (f"did you mean {near[0]!r}?" if near else f"allowed: {allowed}"))
-  for name in ("mixup", "cutmix"):
-    check(not fields.get(name), name, fields.get(name), "0 with a second_view")
+  from input_pipeline import two_views
+  two_views.check(second_view, fields, {*geometry.View._fields, *Pixels._fields})
+  return two_views.join(first, one("augment.second_view", fields | dict(second_view)),
+                        ("image", *others))

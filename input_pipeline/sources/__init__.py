@@ -11,7 +11,7 @@ import pkgutil
 from pathlib import Path
 
 from input_pipeline.decode import decode as decode  # pixels of the records that sources give
-from input_pipeline.records import Source, nearest
+from input_pipeline.records import Source, listed, nearest
 
 
 def open_source(source: str, data_dir: str | None = None, on_error: str = "raise",
@@ -39,12 +39,18 @@ def open_source(source: str, data_dir: str | None = None, on_error: str = "raise
   return module.open_source(rest, **{k: v for k, v in options.items() if k in taken})
 
 
-def find(source: str):
-  """(the module of a source, what follows its scheme). Raises ValueError where there is none."""
-  known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+def parts(source: str) -> tuple[str, str, str]:
+  """(SCHEME, ":", REST) of SCHEME:REST, a place; (SCHEME, "", REST) of SCHEME/REST or SCHEME."""
   scheme, mark, rest = source.partition(":")
   if not mark:
     scheme, _, rest = source.partition("/")
+  return scheme, mark, rest
+
+
+def find(source: str):
+  """(the module of a source, what follows its scheme). Raises ValueError where there is none."""
+  known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+  scheme, mark, rest = parts(source)
   if scheme in known:
     module = importlib.import_module(f"{__name__}.{scheme}")
     if rest and mark or not mark and not module.NEEDS_REST:
@@ -52,6 +58,7 @@ def find(source: str):
   if source and Path(source).expanduser().is_dir():
     raise ValueError(f"data.source={source!r} is a folder: write 'folder:{source}' for a folder of "
                      f"images, 'tfds:{source}' for a prepared TFDS set")
-  hint = nearest(scheme + mark, ("glyphs", "tfds:", "folder:", "lines:"))
+  known = ("glyphs", "tfds:", "folder:", "lines:")
   raise ValueError(f"data.source={source!r} is not a source (glyphs[/CONFIG], tfds:NAME, "
-                   f"tfds:PATH, folder:PATH, lines:PATH); {hint}")
+                   "tfds:PATH, folder:PATH, lines:PATH); "
+                   + nearest(scheme + mark, known, listed(known)))

@@ -20,6 +20,7 @@ from input_pipeline.records import (
   describe,
   fingerprint,
   image_features,
+  listed,
   nearest,
 )
 
@@ -154,8 +155,9 @@ def _number_labels(rows: Mapping[str, Sequence[dict]], root: Path) -> list[str]:
       if "label" in row:
         label = composed(str(row["label"]))
         if label not in index:
+          known = classes[:50]
           raise ValueError(f"{root / row['file']}: label {label!r} of split {split!r} is not a "
-                           f"class of 'train'; {nearest(label, classes[:50])}")
+                           f"class of 'train'; {nearest(label, known, listed(known))}")
         row["label"] = index[label]
       elif classes:
         raise ValueError(f"{root}: {trained or 'another split'!r} has labels, split {split!r} has "

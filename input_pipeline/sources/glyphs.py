@@ -1,98 +1,26 @@
 """The embedded data set: the glyphs of the fonts that matplotlib ships, rendered on first use.
 
 Vector outlines give any image size, Unicode names give captions; nothing is downloaded. A TFDS
-builder, so it is prepared once and then read like any other TFDS set.
+builder, so it is prepared once, by `glyph_drawing`, and then read like any other TFDS set.
 """
 
-import functools
-import io
 import re
+import string
 import unicodedata
-import zlib
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import tensorflow_datasets as tfds
-from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont
 
-from input_pipeline.records import Source, nearest
-from input_pipeline.sources import tfds as prepared
+from input_pipeline import prepared
+from input_pipeline.records import Source, listed, nearest
 
 NEEDS_REST = False  # `glyphs` alone is all of them
 
-DIGITS = "0123456789"
-PLAIN = DIGITS + "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+DIGITS = string.digits
+PLAIN = DIGITS + string.ascii_uppercase + string.ascii_lowercase
 CLASSES = {"all": (*PLAIN, "other"), "letters": tuple(PLAIN), "digits": tuple(DIGITS)}
 SIZES = (16, 24, 32, 48, 64, 96, 128, 224)  # pixels, the side of the image
-
-SEEN = {  # face: style, the second half of a caption
-  "DejaVuSans": "sans", "DejaVuSans-Bold": "bold sans",
-  "DejaVuSans-Oblique": "italic sans", "DejaVuSans-BoldOblique": "bold italic sans",
-  "DejaVuSansMono": "mono", "DejaVuSansMono-Bold": "bold mono",
-  "DejaVuSansMono-Oblique": "italic mono", "DejaVuSansMono-BoldOblique": "bold italic mono",
-  "DejaVuSerif": "serif", "DejaVuSerif-Bold": "bold serif",
-  "DejaVuSerif-Italic": "italic serif", "DejaVuSerif-BoldItalic": "bold italic serif"}
-UNSEEN = {
-  "STIXGeneral": "serif", "STIXGeneralBol": "bold serif",
-  "STIXGeneralItalic": "italic serif", "STIXGeneralBolIta": "bold italic serif",
-  # Computer Modern: only PLAIN, as the other slots do not sit where Unicode puts them.
-  "cmr10": "serif", "cmb10": "bold serif", "cmti10": "italic serif", "cmmi10": "italic serif",
-  "cmss10": "sans", "cmtt10": "mono"}
-
-
-def base_character(character: str) -> str:
-  """The one of PLAIN that `character` is a form of (accented, circled, fraktur), or ""."""
-  base = [c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c)]
-  return base[0] if len(base) == 1 and base[0] in PLAIN else ""
-
-
-def is_unseen_name(character: str) -> bool:
-  """Whether the code point is one of the tenth held out of training; never one of PLAIN."""
-  return character not in PLAIN and zlib.crc32(b"%d" % ord(character)) % 10 == 0
-
-
-def font_path(face: str) -> Path:
-  return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
-
-
-def characters(face: str) -> list[str]:
-  """The characters of a face that have a Unicode name, in the order of their code points."""
-  if face.startswith("cm"):
-    return sorted(PLAIN)
-  charmap = FT2Font(str(font_path(face))).get_charmap()
-  return [c for c in map(chr, sorted(charmap)) if unicodedata.name(c, "")]
-
-
-@functools.lru_cache(64)
-def _font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
-  # BASIC: no shaping library, whose presence would otherwise change the bitmaps.
-  return ImageFont.truetype(font_path(face), pixels, layout_engine=ImageFont.Layout.BASIC)
-
-
-def render(face: str, character: str, size: int) -> Image.Image:
-  """One glyph, white ink on black: mode "L", `size` x `size` pixels.
-
-  An em is 26/32 of the side and the baseline lies at 24/32 from the top for every glyph, so that
-  c and C, o, O and 0 differ; the ink is centred across, and shrunk only where it would overflow.
-  Drawn at four times the size, then box-filtered.
-  """
-  side, baseline, em = 4 * size, 3 * size, 13 * size // 4
-
-  def draw(em):  # with room around: Pillow's text boxes hold the advance too, so look for the ink
-    image = Image.new("L", (4 * side, 2 * side))
-    ImageDraw.Draw(image).text((2 * side, side // 2 + baseline), character, 255, _font(face, em),
-                               anchor="ms")
-    return image, image.getbbox() or (0, side, 0, side)
-
-  image, (left, top, right, bottom) = draw(em)
-  shrink = min(side / max(right - left, 1), baseline / max(side // 2 + baseline - top, 1),
-               (side - baseline) / max(bottom - side // 2 - baseline, 1))
-  if shrink < 1:
-    image, (left, top, right, bottom) = draw(int(em * shrink))
-  left = (left + right - side) // 2
-  return image.crop((left, side // 2, left + side, side // 2 + side)).reduce(4)
 
 
 class GlyphsConfig(tfds.core.BuilderConfig):
@@ -137,36 +65,14 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
         unidata_version=unicodedata.unidata_version, matplotlib=matplotlib.__version__))
 
   def _split_generators(self, dl_manager):
-    return {
-      "train": self._generate_examples(SEEN, lambda c: not is_unseen_name(c)),
-      "test": self._generate_examples(
-        UNSEEN, lambda c: self.builder_config.subset == "all" or c in PLAIN),
-      "unseen_names": self._generate_examples(SEEN, is_unseen_name)}
+    from input_pipeline import glyph_drawing
+    splits = glyph_drawing.splits(every=self.builder_config.subset == "all")
+    return {split: self._generate_examples(*drawn) for split, drawn in splits.items()}
 
   def _generate_examples(self, faces, keep):
-    subset, size = self.builder_config.subset, self.builder_config.size
-    drawn = set()
-    for face, style in faces.items():
-      for character in filter(keep, characters(face)):
-        label = base_character(character) or "other"
-        if label not in CLASSES[subset]:
-          continue
-        image = render(face, character, size)
-        if image.getbbox() is None:
-          continue  # no ink: a space, or a code point the face maps to an empty glyph
-        identity = character, image.tobytes()
-        if faces is SEEN and identity in drawn:
-          continue  # chess pieces, say, look the same in upright and slanted faces
-        drawn.add(identity)
-        png = io.BytesIO()
-        image.save(png, "png")
-        yield f"{face}-{ord(character):06x}", {
-          "image": png.getvalue(),  # encoded: TFDS needs TensorFlow to encode pixels
-          "label": label,
-          "text": f"{unicodedata.name(character).lower()}, {style}",
-          "code_point": ord(character),
-          "face": face,
-          "style": style}
+    from input_pipeline import glyph_drawing
+    return glyph_drawing.examples(faces, keep, CLASSES[self.builder_config.subset],
+                                  self.builder_config.size)
 
 
 # --- The source -----------------------------------------------------------------------------------
@@ -174,8 +80,9 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
 def _builder(name: str, data_dir: str | None) -> Glyphs:
   name = name or "all"
   if name not in Glyphs.builder_configs:
+    known = tuple(Glyphs.builder_configs)
     raise ValueError(f"data.source={'glyphs/' + name!r}: no such configuration {name!r}; "
-                     + nearest(name, tuple(Glyphs.builder_configs)))
+                     + nearest(name, known, listed(known)))
   return Glyphs(config=name, data_dir=data_dir)
 
 
@@ -183,7 +90,8 @@ def open_source(rest: str, *, data_dir: str | None = None) -> Source:
   """Opens `glyphs/CONFIG`, which is prepared on first use."""
   builder = _builder(rest, data_dir)
   if not builder.is_prepared():
-    prepared.prepare(builder)
+    from input_pipeline.sources.tfds import prepare
+    prepare(builder)
     builder = _builder(rest, data_dir)  # as on disk, whoever wrote it
   return prepared.open_builder(builder)
 
